@@ -1,0 +1,332 @@
+"""Hello, this is Claude speaking: the phone line. What the Worker was.
+
+Twilio asks these URLs what to do with a call, and is answered in TwiML (https://www.twilio.com/docs/voice/twiml):
+
+    /                  a call comes in: greet, and listen
+    /talking           the caller said something, pressed a key or was silent; or the rest of a reply is due
+    /status_callback   the call is over
+
+Who may call is decided first. After that the answer is always TwiML, whatever goes wrong: anything else, and the caller
+hears "an application error has occurred".
+"""
+
+import logging
+import os
+import re
+import sys
+from urllib.parse import urlsplit
+
+from flask import Flask, abort, request
+from twilio.request_validator import RequestValidator
+from twilio.twiml.voice_response import VoiceResponse
+from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+import conversation
+from conversation import Conversation, Line, speakable
+from store import Store, StoreError
+
+# --- Settings -----------------------------------------------------------------------------------------------------------
+
+
+class Settings:
+    """The environment variables, read once. A value that can't be used is a ValueError that names the variable."""
+
+    def __init__(self, environ):
+        def setting(name, default, takes="", pattern=r"(?s).+"):
+            value = environ.get(name, "").strip() or default
+            if value and not re.fullmatch(pattern, value):
+                raise ValueError(f"{name} takes {takes}")  # not the value: it may be a secret, or a number
+            return value
+
+        self.anthropic_api_key = setting("ANTHROPIC_API_KEY", "", "the key as Anthropic shows it", r"[!-~]+")
+        self.twilio_auth_token = setting("TWILIO_AUTH_TOKEN", "")
+        address = "an address like https://my-line.example.com"
+        self.public_url = setting("PUBLIC_URL", "", address, r"https?://[^\s/?#]+[^\s?#]*").rstrip("/")
+        self.claude_model = setting("CLAUDE_MODEL", "claude-haiku-5-5", "the name of a model", r"\S+")
+        # Some models refuse any effort: empty is a value of its own here.
+        efforts = "low, medium, high, xhigh or max, or nothing"
+        no_effort = "" if "CLAUDE_EFFORT" in environ else "low"
+        self.claude_effort = setting("CLAUDE_EFFORT", no_effort, efforts, r"low|medium|high|xhigh|max")
+        self.system_prompt = setting("SYSTEM_PROMPT", conversation.SYSTEM_PROMPT)
+        self.greeting = setting("GREETING", "Hello, this is Claude speaking!")
+        self.voice = setting("VOICE", "", "a voice of Twilio's, like Polly.Amy-Neural", r"[\w.-]+")
+        self.language = setting("LANGUAGE", "", "a language, like en-GB", r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
+        numbers = "numbers like +15551234567, separated by commas"
+        numbers = setting("ALLOWED_CALLERS", "", numbers, r"\+[\d ().-]+(\s*,\s*\+[\d ().-]+)*,?")
+        self.allowed_callers = set(re.sub(r"[^\d+,]", "", numbers).strip(",").split(",")) - {""}
+        self.max_turns = int(setting("MAX_TURNS", "100", "a whole number, 1 or more", r"0*[1-9]\d{0,8}"))
+        sqlite = "sqlite:/// and the path of a file: no other database is used"
+        self.database = setting("DATABASE_URL", "sqlite:///calls.db", sqlite, r"sqlite:///.+").removeprefix("sqlite:///")
+
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+log = logging.getLogger("voice-claude")
+log.setLevel(logging.INFO)
+
+try:
+    settings = Settings(os.environ)
+except ValueError as error:
+    print(f"Voice Claude can't start: {error}.", file=sys.stderr)
+    sys.exit(4)  # by this status gunicorn knows that trying again is no use
+
+line = Line(
+    store=Store(settings.database),
+    claude=conversation.connect(settings.anthropic_api_key) if settings.anthropic_api_key else None,
+    model=settings.claude_model,
+    effort=settings.claude_effort,
+    system_prompt=settings.system_prompt,
+    max_turns=settings.max_turns,
+)
+if not line.claude:
+    log.warning("ANTHROPIC_API_KEY is not set: the line repeats what it hears")
+if not settings.twilio_auth_token:
+    log.warning("TWILIO_AUTH_TOKEN is not set: only direct requests from this machine are answered")
+
+app = Flask(__name__)
+app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # a minute of speech is 12 kB at most, in the longest encoding
+app.url_map.merge_slashes = False  # it answers // with a redirect, and Twilio loses what the caller said on the way
+# One proxy in front says how it was called: every platform has one. A client who lies about it gains nothing, as the
+# signature is made with the true address.
+app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
+
+# --- Who may call -------------------------------------------------------------------------------------------------------
+
+
+@app.before_request
+def only_twilio():
+    """Let nobody else in: a stranger could spend the owner's money, and listen to what was said.
+
+    Twilio signs its requests with the account's auth token
+    (https://www.twilio.com/docs/usage/security#validating-requests).
+    """
+    if request.endpoint == "healthz" or is_a_browser():
+        return None
+    if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
+        abort(415)
+    if settings.twilio_auth_token:
+        signature = request.headers.get("X-Twilio-Signature", "")
+        if not RequestValidator(settings.twilio_auth_token).validate(called_url(), request.form, signature):
+            log.warning("403 for %s: wrong signature; is the token right, and PUBLIC_URL?", called_url().split("?")[0])
+            abort(403)
+    elif not is_direct():
+        log.warning("403: set TWILIO_AUTH_TOKEN, and requests from Twilio will be answered")
+        abort(403)
+    if "CallSid" not in request.values:
+        abort(400, "No CallSid: this is not about a call.")
+    if settings.allowed_callers and other_party() not in settings.allowed_callers:
+        response = VoiceResponse()
+        # A call that is rejected isn't answered, and costs nothing; later it is too late for that.
+        response.reject() if request.endpoint == "call_comes_in" else response.hangup()
+        return twiml(response)
+    return None
+
+
+def is_a_browser():
+    """Whether this is someone who looks whether the app runs: Twilio always says which call it is about."""
+    return request.endpoint == "call_comes_in" and request.method in ("GET", "HEAD") and "CallSid" not in request.args
+
+
+def called_url():
+    """The URL that Twilio called, character by character: ``request.url`` has some of its %-escapes undone."""
+    wire = urlsplit(request.environ.get("RAW_URI") or request.full_path)
+    return (settings.public_url or request.host_url.rstrip("/")) + wire._replace(scheme="", netloc="").geturl()
+
+
+def is_direct():
+    """Whether the request was made on this machine, by a program, to this address: neither through a tunnel or proxy,
+    nor by a page in this machine's browser."""
+    forwarded = any(re.search(r"(?i)forwarded|^via$|-ip$|^origin$", name) for name, _ in request.headers)
+    to = urlsplit("//" + request.host).hostname
+    here = ("127.0.0.1", "::1", "::ffff:127.0.0.1", "localhost")
+    return request.remote_addr in here and to in here and not forwarded
+
+
+def other_party():
+    """The number of the one who talks with Claude: who called, or who was called by ``flask ring``."""
+    return request.values.get("To" if request.values.get("Direction", "").startswith("outbound") else "From")
+
+
+# --- The call -----------------------------------------------------------------------------------------------------------
+
+# What the line says in its own name. None of it is ever kept, or sent to Claude, as if Claude had said it.
+ARE_YOU_THERE = ["Are you still there?", "I'm listening, whenever you like to say something."]
+NOBODY_THERE = "I can't hear anyone, so I'll hang up now. Call again any time. Goodbye!"
+ONE_MOMENT = ["One moment.", "I'm still thinking about that.", "It takes a little longer."]
+SORRY = "Sorry, something went wrong at my end. Could you say that again?"
+NO_ANSWER = "I don't know what to say to that. Could you put it another way?"
+NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
+# How a reply ended, and what is to be added to it. Whatever isn't here is trouble, and gets SORRY.
+ADD = {
+    "end_turn": "",
+    "stop_sequence": "",
+    "max_tokens": "There would be more to say about that. Shall I go on?",
+    "refusal": "I can't help with that. What else can I do for you?",
+}
+GOODBYE = {
+    "hang_up": "Goodbye!",
+    "max_turns": "We have talked for so long that I have to hang up now. Thank you for the call. Goodbye!",
+}
+
+
+@app.route("/", methods=["GET", "POST"])
+def call_comes_in():
+    """Greet, and listen. The store and Claude aren't needed for that, so nothing can delay it."""
+    if is_a_browser():
+        return page()
+    return listen(settings.greeting)
+
+
+@app.route("/talking", methods=["GET", "POST"])
+def talking():
+    """One step of the conversation: what the caller said, or the rest of a reply, or silence."""
+    talk = Conversation(request.values["CallSid"], line)
+    turn, heard = request.args.get("turn"), number("heard")
+    if error := request.values.get("ErrorCode"):
+        log.error("call %s: Twilio fell back here after its error %s", talk.call_sid, error)
+        return listen(SORRY)
+    if turn is None:
+        words = what_was_said()
+        if not words:
+            return silence(number("silences") or 1)
+        if not line.claude:
+            return listen(f"{NO_KEY} {words}")
+        turn = talk.speak(words, request.headers.get("I-Twilio-Idempotency-Token"))
+    return speak(turn, heard, talk.listen(turn, heard))
+
+
+@app.post("/status_callback")
+def status_callback():
+    """The call is over: forget it. Twilio asks this once, and not always; see ``Store.check`` for the rest."""
+    if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
+        Conversation(request.values["CallSid"], line).forget()
+    return "", 204
+
+
+def what_was_said():
+    """The caller's words, or key; empty for a silent caller."""
+    words = request.values.get("SpeechResult", "").strip()
+    if key := request.values.get("Digits", "").strip():
+        words = f"{words} [The caller pressed {key}]".strip()
+    return words
+
+
+def number(name):
+    """A count that a URL of our own carries; 0 where it isn't there, or isn't one."""
+    return max(0, request.args.get(name, 0, type=int))
+
+
+# --- What the caller hears ----------------------------------------------------------------------------------------------
+
+# One <Say> takes 3000 characters (Polly's limit, https://www.twilio.com/docs/voice/twiml/say), and 4500 bytes once they
+# are URL-encoded: 12 each, at worst. So much of the text at a time, up to the end of a sentence or at least of a word.
+PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
+# One document takes 64 kB: this much text, and five bytes for each character of it ("&amp;"), with its tags, fit well.
+LONGEST = 8000
+
+
+def twiml(response):
+    return app.response_class(str(response), mimetype="text/xml", headers={"Cache-Control": "no-store"})
+
+
+def say(verb, text):
+    """Add <Say>s to a verb: as many as the text needs, none if there is nothing to say."""
+    speech = {"voice": settings.voice or None, "language": settings.language or None}
+    for piece in PIECE.findall(speakable(text)):
+        verb.say(piece, **speech)
+
+
+def listen(text, silences=0):
+    """Say something, and let the caller speak or press a key, already while it is said."""
+    response = VoiceResponse()
+    gather = response.gather(
+        input="speech dtmf",
+        action="/talking",
+        method="POST",
+        timeout=5,  # seconds for the caller to begin: enough to think, and then we ask
+        speech_timeout="auto",  # the caller is done at the first pause; the default is to wait for as long as timeout
+        profanity_filter=False,  # or Claude would get "f***"
+        num_digits=1,  # a key is answered at once, where waiting for another would be dead air
+        finish_on_key="",  # so that # is a key like any other
+        language=settings.language or None,
+    )
+    say(gather, text)
+    response.redirect(f"/talking?silences={silences + 1}", method="POST")  # Twilio gets here if nobody speaks
+    return twiml(response)
+
+
+def silence(silences):
+    """Ask, and ask once more in other words; the third time in a row say goodbye. Claude is told nothing."""
+    if silences <= len(ARE_YOU_THERE):
+        return listen(ARE_YOU_THERE[silences - 1], silences)
+    return goodbye(NOBODY_THERE)
+
+
+def goodbye(text):
+    """Say something, and hang up."""
+    response = VoiceResponse()
+    say(response, text)
+    response.hangup()
+    return twiml(response)
+
+
+def speak(turn, heard, reply):
+    """Say what there is of a reply; then come back for the rest, or listen.
+
+    What comes before the rest is said outside of <Gather>: Twilio would wait for the caller first. So only the last part
+    of a reply can be cut in on, which for all but the first sentence it mostly is.
+    """
+    text, rest = reply.text[:LONGEST], reply.text[LONGEST:]
+    if rest or not reply.stop:
+        waited = number("waited")
+        response = VoiceResponse()
+        say(response, text or ONE_MOMENT[waited % len(ONE_MOMENT)])
+        waited = 0 if text else (waited + 1) % len(ONE_MOMENT)
+        response.redirect(f"/talking?turn={turn}&heard={heard + len(text)}&waited={waited}", method="POST")
+        return twiml(response)
+    if reply.stop in GOODBYE:
+        return goodbye(text if text or heard else GOODBYE[reply.stop])
+    add = ADD.get(reply.stop, SORRY)
+    return listen(f"{text} {add}" if text or heard or add else NO_ANSWER)
+
+
+# --- For the owner ------------------------------------------------------------------------------------------------------
+
+
+@app.get("/healthz")
+def healthz():
+    """For the platform: 200 as long as calls can be remembered."""
+    try:
+        line.store.check()
+    except StoreError as error:
+        log.error("the database failed: %s", error)
+        return "The database failed: see the log.\n", 503
+    return "Voice Claude is well.\n"
+
+
+def page():
+    """For whoever opens the address in a browser."""
+    base = settings.public_url or request.host_url.rstrip("/")
+    text = f"""Voice Claude is running. These are the addresses for your Twilio number, all with POST:
+
+    A call comes in         {base}/
+    Primary handler fails   {base}/talking
+    Call status changes     {base}/status_callback
+"""
+    if not settings.twilio_auth_token:
+        text += "\nTWILIO_AUTH_TOKEN is not set yet: until it is, Twilio's calls are refused.\n"
+    if not line.claude:
+        text += "\nANTHROPIC_API_KEY is not set yet: until it is, the line repeats what it hears.\n"
+    return app.response_class(text, mimetype="text/plain")
+
+
+@app.errorhandler(Exception)
+def apologise(error):
+    """Whatever went wrong, the caller is told so, and can go on."""
+    if isinstance(error, HTTPException):
+        return error  # a stranger's request, or a browser's
+    if isinstance(error, StoreError):
+        log.error("the database failed: %s", error)
+    else:
+        log.exception("unexpected")
+    return listen(SORRY)

@@ -1,0 +1,516 @@
+"""A telephone, with Twilio behind it: call the line from a terminal, or from a test.
+
+    python -m tests.phone                               starts the app as the Procfile does, and calls it
+    python -m tests.phone https://my-line.example.com   calls a running one, signing with TWILIO_AUTH_TOKEN
+
+It does with the TwiML what Twilio does, and as strictly: it signs its requests, resolves relative URLs, follows
+<Redirect>, goes on behind a <Gather> in which nobody speaks, gives up after 15 seconds, asks the fallback URL, and ends
+the call with Twilio's error where Twilio would. In a test a call reads like one:
+
+    phone = Phone(url)
+    assert phone.call() == "Hello, this is Claude speaking!"
+    assert phone.say("Who is there?") == "Me, Claude."
+    phone.hang_up()
+"""
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import hmac
+import http.client
+import os
+import pathlib
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from urllib.parse import parse_qsl, quote_plus, urlencode, urljoin, urlsplit
+from xml.etree import ElementTree
+
+ROOT = pathlib.Path(__file__).parent.parent
+SPEAKING_RATE = 2.7  # words a second
+TIMEOUT = 15  # seconds in all for a webhook, https://www.twilio.com/docs/voice/twiml
+LARGEST_DOCUMENT = 64 * 1024
+
+# The part of TwiML that this telephone knows: the verbs and what each may be given.
+VERBS = {
+    "Say": {"voice", "language", "loop"},
+    "Pause": {"length"},
+    "Gather": set(
+        "input action method timeout speechTimeout speechModel numDigits finishOnKey actionOnEmptyResult language hints "
+        "profanityFilter partialResultCallback partialResultCallbackMethod".split()
+    ),
+    "Redirect": {"method"},
+    "Hangup": set(),
+    "Reject": {"reason"},
+}
+
+
+class TwilioError(Exception):
+    """What Twilio's debugger would show. https://www.twilio.com/docs/api/errors"""
+
+    def __init__(self, code, why):
+        super().__init__(f"Twilio error {code}: {why}")
+        self.code = code
+
+
+class Phone:
+    """One call to the line.
+
+    Args:
+        url: where the app listens; its voice URL is the root of that.
+        token: the auth token to sign with; None doesn't sign.
+        public_url: the address Twilio knows, where a proxy stands before ``url``.
+        headers: what that proxy adds to a request.
+        method: how Twilio asks for a call that comes in.
+        speaking_rate: words a second, if time is to pass while something is said.
+        params: more of what Twilio posts, or something else than usual.
+
+    Every verb of the caller returns what is heard until the line listens again, or the call has ended.
+    """
+
+    def __init__(
+        self, url, token=None, *, number="+15551230001", public_url=None, headers=None, method="POST", speaking_rate=None, **params
+    ):
+        self.url = url.rstrip("/")
+        self.public_url = (public_url or self.url).rstrip("/")
+        self.token = token
+        self.headers = headers or {}
+        self.method = method
+        self.speaking_rate = speaking_rate
+        self.call_sid = "CA" + secrets.token_hex(16)
+        self.params = {
+            "CallSid": self.call_sid,
+            "AccountSid": "AC" + "0" * 32,
+            "ApiVersion": "2010-04-01",
+            "Direction": "inbound",
+            "From": number,
+            "To": "+15550009999",
+            "CallStatus": "ringing",
+            "SomethingNew": "Twilio may add parameters at any time",
+            **params,
+        }
+        self.ended = None  # how: "hangup", "rejected", "hung up by the caller", or Twilio's error
+        self.said = []  # every <Say>, as (text, when it began, whether the caller could cut in)
+        self.waits = []  # seconds from each verb of the caller to the first word back
+        self.gaps = []  # seconds of dead air inside replies
+        self.webhooks = []  # every request, as (url, parameters, seconds, status)
+        self.warnings = []
+        self.documents = []
+        self._gather = None
+        self._base = self.public_url + "/"
+
+    # What the caller does
+
+    def call(self):
+        """Dial."""
+        return self._turn(self._fetch, self.public_url + "/", self.method)
+
+    def say(self, words, **params):
+        """Speak, whatever is being said at the moment."""
+        if not self.listens_to("speech"):
+            return self.stay_silent()
+        params = {"SpeechResult": words, "Confidence": "0.9", **params}
+        return self._turn(self._fetch, *self._action(), params)
+
+    def press(self, keys):
+        """Press keys, one quickly after the other."""
+        if not self.listens_to("dtmf"):
+            return self.stay_silent()
+        finish, most = self._gather.get("finishOnKey", "#"), int(self._gather.get("numDigits", 1000))
+        digits = ""
+        for key in keys[:most]:
+            if key in finish:
+                break
+            digits += key
+        return self._turn(self._fetch, *self._action(), {"Digits": digits, "msg": "Gather End"})
+
+    def stay_silent(self):
+        """Let the line wait in vain."""
+        if self._gather.get("actionOnEmptyResult") == "true":
+            return self._turn(self._fetch, *self._action(), {"SpeechResult": ""})
+        return self._turn(list, self._after_gather)
+
+    def hang_up(self, status="completed"):
+        """Put the phone down. Twilio reports the end; nobody hears what the app thinks of it."""
+        self.ended = self.ended or "hung up by the caller"
+        self.params["CallStatus"] = status
+        with contextlib.suppress(TwilioError, OSError):
+            self._ask(self.public_url + "/status_callback", "POST", {"CallDuration": "1"})
+
+    def listens_to(self, what):
+        """Whether the line listens now, to "speech" or to "dtmf"."""
+        return self._gather is not None and what in self._gather.get("input", "dtmf").split()
+
+    # What Twilio does
+
+    def _turn(self, fetch, *what):
+        """Do what a document says, and those that it leads to, until the line listens or the call has ended."""
+        if self.ended:
+            raise AssertionError(f"the call is over: {self.ended}")
+        self._asked = time.monotonic()
+        self._gather, self._spoken_until, so_far = None, None, len(self.said)
+        try:
+            verbs = fetch(*what)
+            while verbs is not None:
+                verbs = self._run(verbs)
+            if self._gather is None and self.ended is None:
+                self.ended = "hangup"  # Twilio hangs up behind the last verb
+        except TwilioError as error:
+            self.ended = str(error)
+            self.spoken("We are sorry, an application error has occurred. Goodbye.", False)
+        return " ".join(text for text, *_ in self.said[so_far:])
+
+    def _run(self, verbs):
+        """Run verbs; returns those of the next document, or None."""
+        verbs = list(verbs)
+        for position, verb in enumerate(verbs):
+            if verb.tag == "Say":
+                self._say(verb, cut_in=False)
+            elif verb.tag == "Pause":
+                self._pass_time(float(verb.get("length", 1)))
+            elif verb.tag == "Redirect":
+                return self._fetch(urljoin(self._base, verb.text.strip()), verb.get("method", "POST"))
+            elif verb.tag == "Hangup":
+                self.ended = "hangup"
+                return None
+            elif verb.tag == "Reject":
+                if position or self.params["CallStatus"] != "ringing":
+                    raise TwilioError(12200, "<Reject> must be the first verb of a call")
+                self.ended = "rejected"
+                return None
+            elif verb.tag == "Gather":
+                self.params["CallStatus"] = "in-progress"
+                self._gather, self._after_gather = verb, verbs[position + 1 :]
+                for nested in verb:
+                    self._say(nested, cut_in=True) if nested.tag == "Say" else None
+                return None
+            self.params["CallStatus"] = "in-progress"
+        return None
+
+    def _say(self, verb, cut_in):
+        text = (verb.text or "").strip()
+        if not text:
+            self.warnings.append("13520: empty <Say>")
+            return
+        if len(quote_plus(text)) > 4500 or len(text) > 3000:
+            self.warnings.append(f"13521: <Say> of {len(text)} characters, {len(quote_plus(text))} encoded")
+        now = time.monotonic()
+        if self._asked is not None:
+            self.waits.append(now - self._asked)
+            self._asked = None
+        elif self._spoken_until is not None:
+            self.gaps.append(max(0.0, now - self._spoken_until))
+        self.spoken(text, cut_in)
+        self._spoken_until = time.monotonic()
+
+    def spoken(self, text, cut_in):
+        """The caller hears this. A subclass may show it."""
+        self.said.append((text, time.monotonic(), cut_in))
+        if not cut_in:  # while something nested is said the caller may answer already
+            self._pass_time(len(text.split()) / (self.speaking_rate or 1))
+
+    def _pass_time(self, seconds):
+        if self.speaking_rate:
+            time.sleep(seconds)
+
+    def _action(self):
+        return urljoin(self._base, self._gather.get("action", self._base)), self._gather.get("method", "POST")
+
+    def _fetch(self, url, method, params=()):
+        """The verbs of the document at this URL, or else of the fallback."""
+        try:
+            return self._document(url, method, dict(params))
+        except TwilioError as error:
+            self.warnings.append(str(error))
+            return self._document(self.public_url + "/talking", "POST", {"ErrorCode": str(error.code), "ErrorUrl": url})
+
+    def _document(self, url, method, params):
+        status, content_type, body = self._ask(url, method, params)
+        self._base = url
+        self.documents.append(body)
+        if status >= 400:
+            raise TwilioError(11200, f"HTTP {status} from {url}")
+        if len(body) > LARGEST_DOCUMENT:
+            raise TwilioError(11750, f"{len(body)} bytes of TwiML")
+        if content_type == "text/plain":
+            return [self._plain(body)]
+        if content_type not in ("text/xml", "application/xml"):
+            raise TwilioError(12300, f"content type {content_type}")
+        try:
+            response = ElementTree.fromstring(body)
+        except ElementTree.ParseError as error:
+            raise TwilioError(12100, f"the document doesn't parse: {error}") from error
+        check(response)
+        return list(response)
+
+    @staticmethod
+    def _plain(body):
+        say = ElementTree.Element("Say")
+        say.text = body.decode()
+        return say
+
+    def _ask(self, url, method, params, token=None):
+        """One webhook, signed; tried twice if nobody answers the door, as the same delivery. Follows redirects."""
+        params = {**self.params, **params}
+        delivery = token or secrets.token_hex(8)
+        for _ in range(10):
+            began = time.monotonic()
+            try:
+                response = self._send(url, method, params, delivery)
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+                try:
+                    response = self._send(url, method, params, delivery)
+                except ConnectionRefusedError as error:
+                    raise TwilioError(11205, f"no connection to {url}") from error
+            except (OSError, http.client.HTTPException) as error:
+                raise TwilioError(11200, f"no answer from {url}: {type(error).__name__}") from error
+            seconds = time.monotonic() - began
+            self.webhooks.append((url, params, seconds, response.status))
+            if seconds > TIMEOUT:
+                raise TwilioError(11205, f"no answer from {url} within {TIMEOUT} s")
+            if response.status not in (301, 302, 303, 307, 308):
+                return response.status, response.headers.get_content_type(), response.body
+            url, method, params = urljoin(url, response.headers["location"]), "GET", {}
+        raise TwilioError(11215, "too many redirects")
+
+    def _send(self, url, method, params, delivery):
+        """One HTTP request, as Twilio makes it."""
+        if method == "GET" and params:
+            url += ("&" if "?" in url else "?") + urlencode(params)
+        headers = {"User-Agent": "TwilioProxy/1.1", "I-Twilio-Idempotency-Token": delivery, "Accept": "*/*"}
+        body = None
+        if method == "POST":
+            body = urlencode(params)
+            headers["Content-Type"] = "application/x-www-form-urlencoded; charset=UTF-8"
+        if self.token is not None:
+            headers["X-Twilio-Signature"] = sign(self.token, url, params if method == "POST" else {})
+        public, real = urlsplit(self.public_url), urlsplit(self.url)
+        to = urlsplit(url)
+        if (to.scheme, to.netloc) == (public.scheme, public.netloc):
+            if public != real:
+                headers["Host"] = public.netloc
+            to = to._replace(scheme=real.scheme, netloc=real.netloc)
+        connection_class = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
+        connection = connection_class(to.hostname, to.port, timeout=TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request(method, to._replace(scheme="", netloc="").geturl(), body, {**headers, **self.headers})
+            response = connection.getresponse()
+            response.body = response.read()
+            return response
+
+
+def sign(token, url, params):
+    """Twilio's signature. https://www.twilio.com/docs/usage/security#validating-requests"""
+    message = url + "".join(name + value for name, value in sorted(params.items()))
+    return base64.b64encode(hmac.new(token.encode(), message.encode(), hashlib.sha1).digest()).decode()
+
+
+def check(response):
+    """Refuse what Twilio's schema doesn't know."""
+    if response.tag != "Response":
+        raise TwilioError(12100, f"<{response.tag}> is not <Response>")
+    for verb in response.iter():
+        if verb is response:
+            continue
+        if verb.tag not in VERBS:
+            raise TwilioError(12200, f"this telephone doesn't know <{verb.tag}>")
+        if unknown := set(verb.attrib) - VERBS[verb.tag]:
+            raise TwilioError(12200, f"<{verb.tag}> has no {', '.join(sorted(unknown))}")
+        if len(verb) and (verb.tag != "Gather" or {child.tag for child in verb} - {"Say", "Pause"}):
+            raise TwilioError(12200, f"<{verb.tag}> can't hold that")
+        for number in ("timeout", "numDigits", "length", "loop"):
+            if not verb.get(number, "1").isdecimal():
+                raise TwilioError(12200, f"{number}={verb.get(number)!r}")
+        if verb.get("method", "POST") not in ("GET", "POST"):
+            raise TwilioError(12200, f"method={verb.get('method')!r}")
+        if verb.get("speechTimeout", "auto") != "auto" and not verb.get("speechTimeout").isdecimal():
+            raise TwilioError(12200, f"speechTimeout={verb.get('speechTimeout')!r}")
+        if set(verb.get("input", "dtmf").split()) - {"dtmf", "speech"}:
+            raise TwilioError(12200, f"input={verb.get('input')!r}")
+        if verb.get("speechTimeout") == "auto" and verb.get("speechModel"):
+            raise TwilioError(13335, "speechTimeout=auto with a speechModel")
+
+
+class App:
+    """The app, started as the Procfile does, on a free loopback port, with a database of its own.
+
+    Args:
+        environ: its environment variables; none are inherited but those that a program needs to run.
+        folder: where app.py and the Procfile are.
+        arguments: more for gunicorn.
+    """
+
+    def __init__(self, environ=None, *, folder=ROOT, arguments=""):
+        self.scratch = tempfile.mkdtemp(prefix="voice-claude-")
+        self.database = os.path.join(self.scratch, "calls.db")
+        self.log_path = os.path.join(self.scratch, "log")
+        self.folder, self.arguments = folder, arguments
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        basics = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
+        self.environ = {**basics, "DATABASE_URL": f"sqlite:///{self.database}", **(environ or {})}
+        self.process = None
+
+    def start(self):
+        """Start it, and wait until it answers."""
+        procfile = (pathlib.Path(self.folder) / "Procfile").read_text() if (
+            pathlib.Path(self.folder) / "Procfile").exists() else (ROOT / "Procfile").read_text()
+        command = shlex.split(procfile.partition("web:")[2].splitlines()[0])
+        command = [sys.executable, "-m", *command]  # gunicorn, of this environment
+        bind = f"--bind 127.0.0.1:{self.port} {self.arguments}"
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**self.environ, "GUNICORN_CMD_ARGS": bind},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # so that it and its workers can be ended together
+            )
+        until = time.monotonic() + 30
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.url + "/", timeout=30).close()
+                return self
+            except urllib.error.HTTPError:
+                return self
+            except OSError:
+                time.sleep(0.05)
+        self.stop()
+        raise RuntimeError(f"the app did not start:\n{self.log()}")
+
+    def log(self):
+        """What it has printed so far."""
+        return pathlib.Path(self.log_path).read_text()
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal to all its processes; SIGTERM goes to the first one alone, as from a platform."""
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGTERM:
+                self.process.send_signal(number)
+            else:
+                os.killpg(self.process.pid, number)
+
+    def stop(self):
+        """End it, whatever it is doing."""
+        if self.process:
+            self.kill(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(3)
+            self.kill()
+            self.process.wait()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+# --- The telephone in the terminal --------------------------------------------------------------------------------------
+
+HELP = """\
+You are the caller. Type what you say and press Enter; or
+    just Enter     stay silent
+    /5             press a key: 0 to 9, * or #
+    /bye           hang up (so does Ctrl-D; Ctrl-C ends everything at once)
+While Claude talks you can cut in by pressing Enter; a reply that is still being written is heard to the end of its part.
+"""
+
+
+class TerminalPhone(Phone):
+    """Shows what is heard at the pace of speech, and lets a typed line cut in where Twilio would."""
+
+    def spoken(self, text, cut_in):
+        wait = self.waits[-1] if self.waits and not self.said_in_turn else None
+        self.said.append((text, time.monotonic(), cut_in))
+        if wait is not None:
+            print(f"  ({wait:.2f} s)  ", end="")
+        self.said_in_turn = True
+        for word in text.split():
+            print(word, end=" ", flush=True)
+            if sys.stdin.isatty():
+                if cut_in and select.select([sys.stdin], [], [], 1 / SPEAKING_RATE)[0]:
+                    print("-", end="", flush=True)
+                    break
+                if not cut_in:
+                    time.sleep(1 / SPEAKING_RATE)
+
+    def _turn(self, fetch, *what):
+        self.said_in_turn = False
+        heard = super()._turn(fetch, *what)
+        print(flush=True)
+        return heard
+
+
+def converse(phone):
+    """Let the person at the terminal talk, until one side hangs up."""
+    phone.call()
+    while not phone.ended:
+        try:
+            words = input("> ").strip()
+        except EOFError:
+            words = "/bye"
+        if words == "/bye":
+            break
+        if words.startswith("/") and len(words) == 2:
+            phone.press(words[1])
+        elif words:
+            phone.say(words)
+        else:
+            print("  (you stay silent)")
+            phone.stay_silent()
+    phone.hang_up()
+    print(f"\nThe call has ended: {phone.ended}.")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.phone", description="Call the line from this terminal.")
+    parser.add_argument("url", nargs="?", help="the address of a running app; without it, one is started")
+    parser.add_argument("--number", default="+15551230001", help="the number to call from (default: %(default)s)")
+    options = parser.parse_args()
+    if options.url and urlsplit(options.url).scheme not in ("http", "https"):
+        parser.error("the address must begin with http:// or https://")
+    token = os.environ.get("TWILIO_AUTH_TOKEN") or None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # so that the app is ended on these ways out too
+    print(HELP)
+    phone = None
+    with contextlib.ExitStack() as stack:
+        try:
+            url = options.url
+            if not url:
+                print("Starting the app ...", flush=True)
+                # A database of its own, whatever this shell has set for another one.
+                mine = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "PUBLIC_URL", "PORT")}
+                url = stack.enter_context(App(mine, folder=os.getcwd())).url
+            phone = TerminalPhone(url, token, number=options.number)
+            print(f"Calling {url}\n")
+            converse(phone)
+        except KeyboardInterrupt:
+            print("\nHung up.")
+            if phone:
+                phone.hang_up()
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+    return 1 if phone.ended.startswith("Twilio error") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
