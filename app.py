@@ -181,11 +181,11 @@ def call_comes_in():
 def talking():
     """One step of the conversation: what the caller said, or the rest of a reply, or silence."""
     talk = Conversation(request.values["CallSid"], line)
-    turn, heard = request.args.get("turn"), number("heard")
+    turn, heard = number("turn"), number("heard")
     if error := request.values.get("ErrorCode"):
         log.error("call %s: Twilio fell back here after its error %s", talk.call_sid, error)
         return listen(SORRY)
-    if turn is None:
+    if not turn:
         words = what_was_said()
         if not words:
             return silence(number("silences") or 1)
@@ -213,7 +213,7 @@ def what_was_said():
 
 def number(name):
     """A count that a URL of our own carries; 0 where it isn't there, or isn't one."""
-    return max(0, request.args.get(name, 0, type=int))
+    return min(max(0, request.args.get(name, 0, type=int)), 10**9)  # SQLite's integers end somewhere
 
 
 # --- What the caller hears ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anthropic
 import httpx2
@@ -51,12 +51,15 @@ MAX_TOKENS = 2000
 PATIENCE = 8.0  # before a webhook answers "one moment": Twilio waits 15, the network and the disk want their share
 GIVE_UP = 30.0  # for the next sentence: nobody waits longer, and "one moment" has been said three times by then
 STALLED = 10.0  # without a sign of life from a reply that has begun: its process or its stream is dead
-GLANCE = 0.025  # between two looks at the row; one look takes a hundredth of a millisecond
+GLANCE = 0.05  # between two looks at a row that another process writes
+SIP = 0.25  # between two reads of a reply that has begun: see GrowingReply.sip
 PULSE = 1.0  # between two signs of life of a reply that is being written
 
 # A sentence that is shorter than this waits for the next one: it is spoken in under a second, and what follows must be
 # there by then. 12 characters are "Well, hello."
 SHORT = 12
+# Who writes 300 characters without a full stop is cut off at a word: that is twenty seconds of talk.
+LONG = 300
 
 # Tokens that were read from the cache, or written to it, aren't in ``input_tokens``.
 INPUT_TOKENS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
@@ -76,6 +79,7 @@ class Line:
     effort: str
     system_prompt: str
     max_turns: int
+    growing: dict = field(default_factory=dict)  # the replies that this process is writing, by call and turn
 
 
 def connect(api_key):
@@ -120,8 +124,9 @@ class Conversation:
         if is_new and turn > self.line.max_turns:
             self.store.grow(self.call_sid, turn, "", stop="max_turns")
         elif is_new:
+            reply = self.line.growing[self.call_sid, turn] = GrowingReply(self.store, self.call_sid, turn)
             # Not a daemon thread: a process that is told to stop ends its replies first, for its successor to find.
-            threading.Thread(target=self._answer, args=[turn, words]).start()
+            threading.Thread(target=self._answer, args=[turn, words, reply]).start()
         return turn
 
     def listen(self, turn, heard=0):
@@ -136,22 +141,25 @@ class Conversation:
             means that Claude is still thinking. It is "lost" for a turn that isn't there.
         """
         until = time.monotonic() + PATIENCE
-        while reply := self.store.reply(self.call_sid, turn):
-            if reply.stop or len(reply.text) > heard or time.monotonic() > until:
-                return reply._replace(text=reply.text[heard:])
-            if time.time() - reply.touched > (STALLED if reply.text else GIVE_UP + PULSE):
-                self.store.grow(self.call_sid, turn, "", stop="stalled")
-            else:
-                time.sleep(GLANCE)
+        growing = self.line.growing.get((self.call_sid, turn))
+        with growing.news if growing else contextlib.nullcontext():
+            while reply := self.store.reply(self.call_sid, turn):
+                if reply.stop or len(reply.text) > heard or time.monotonic() > until:
+                    return reply._replace(text=reply.text[heard:])
+                if time.time() - reply.touched > (STALLED if reply.text else GIVE_UP + PULSE):
+                    self.store.grow(self.call_sid, turn, "", stop="stalled")
+                elif growing:
+                    growing.news.wait(PULSE)
+                else:
+                    time.sleep(GLANCE)
         return Reply("", "lost", 0.0)
 
     def forget(self):
         """The call is over."""
         self.store.forget(self.call_sid)
 
-    def _answer(self, turn, words):
+    def _answer(self, turn, words, reply):
         """Let Claude write the reply of this turn. Runs in a thread: how it went is in the row, and in the log."""
-        reply = GrowingReply(self.store, self.call_sid, turn)
         try:
             stop = self._ask_until_answered(self._messages(turn, words), reply)
         except CallerGone:
@@ -166,6 +174,7 @@ class Conversation:
             reply.end(stop)
         except StoreError as error:
             stop = f"{stop}, and the database failed: {error}"
+        del self.line.growing[self.call_sid, turn]
         log.info(
             "call %s turn %d: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
             *(self.call_sid, turn, reply.first_sentence_ms, reply.age() * 1000),
@@ -216,6 +225,7 @@ class Conversation:
                     stop = event["delta"]["stop_reason"]
                     reply.tokens_out = event["usage"]["output_tokens"]
                 reply.add(text)
+                reply.sip()
         if stop is None:
             raise EOFError("the stream ended before the reply did")
         return "hang_up" if hang_up else stop
@@ -247,6 +257,8 @@ class GrowingReply:
         self.first_sentence_ms = None
         self.tokens_in = self.tokens_out = 0
         self.request_id = None
+        self.last_event = self.began
+        self.news = threading.Condition()  # for who waits in this process: looking every few milliseconds costs more
 
     def age(self):
         """Seconds since Claude was first asked."""
@@ -262,6 +274,8 @@ class GrowingReply:
         self.pending += text
         now = time.monotonic()
         end = max((sentence.end() for sentence in SENTENCE_END.finditer(self.pending)), default=0)
+        if len(self.pending) - end > LONG:
+            end = self.pending.rfind(" ", end) + 1 or len(self.pending)
         if end >= SHORT:
             self._write(self.pending[:end])
             self.pending = self.pending[end:]
@@ -270,6 +284,17 @@ class GrowingReply:
             raise TimeoutError
         elif now - self.last_write > PULSE:
             self._write("")
+
+    def sip(self):
+        """Let some more of the stream come in before it is read on.
+
+        The caller is listening to the first sentence now, for a second at least. Reading each token as it comes would
+        wake this thread 60 times a second; reading what has gathered costs half as much, and nobody hears it.
+        """
+        waited = time.monotonic() - self.last_event
+        if self.first_sentence_ms is not None and waited > 0.002:  # or there is more that has gathered already
+            time.sleep(SIP)
+        self.last_event = time.monotonic()
 
     def end(self, stop):
         """Write down the rest, and how the reply ended."""
@@ -280,6 +305,8 @@ class GrowingReply:
         spoken = speakable(text)
         if not self.store.grow(self.call_sid, self.turn, spoken and spoken + " ", stop):
             raise CallerGone
+        with self.news:
+            self.news.notify_all()
         self.last_write = time.monotonic()
         if spoken and self.first_sentence_ms is None:
             self.first_sentence_ms = round(self.age() * 1000)

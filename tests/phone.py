@@ -115,12 +115,11 @@ class Phone:
         """Dial."""
         return self._turn(self._fetch, self.public_url + "/", self.method)
 
-    def say(self, words, **params):
-        """Speak, whatever is being said at the moment."""
+    def say(self, words, token=None):
+        """Speak, whatever is being said at the moment. The same token again is the same delivery again."""
         if not self.listens_to("speech"):
             return self.stay_silent()
-        params = {"SpeechResult": words, "Confidence": "0.9", **params}
-        return self._turn(self._fetch, *self._action(), params)
+        return self._turn(self._fetch, *self._action(), {"SpeechResult": words, "Confidence": "0.9"}, token)
 
     def press(self, keys):
         """Press keys, one quickly after the other."""
@@ -226,16 +225,16 @@ class Phone:
     def _action(self):
         return urljoin(self._base, self._gather.get("action", self._base)), self._gather.get("method", "POST")
 
-    def _fetch(self, url, method, params=()):
+    def _fetch(self, url, method, params=(), token=None):
         """The verbs of the document at this URL, or else of the fallback."""
         try:
-            return self._document(url, method, dict(params))
+            return self._document(url, method, dict(params), token)
         except TwilioError as error:
             self.warnings.append(str(error))
             return self._document(self.public_url + "/talking", "POST", {"ErrorCode": str(error.code), "ErrorUrl": url})
 
-    def _document(self, url, method, params):
-        status, content_type, body = self._ask(url, method, params)
+    def _document(self, url, method, params, token=None):
+        status, content_type, body = self._ask(url, method, params, token)
         self._base = url
         self.documents.append(body)
         if status >= 400:
