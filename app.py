@@ -115,6 +115,7 @@ def only_twilio():
     if "CallSid" not in request.values:
         abort(400, "No CallSid: this is not about a call.")
     if settings.allowed_callers and other_party() not in settings.allowed_callers:
+        log.info("call %s: ...%s is not in ALLOWED_CALLERS", request.values["CallSid"], other_party()[-3:])
         response = VoiceResponse()
         # A call that is rejected isn't answered, and costs nothing; later it is too late for that.
         response.reject() if request.endpoint == "call_comes_in" else response.hangup()
@@ -144,7 +145,7 @@ def is_direct():
 
 def other_party():
     """The number of the one who talks with Claude: who called, or who was called by ``flask ring``."""
-    return request.values.get("To" if request.values.get("Direction", "").startswith("outbound") else "From")
+    return request.values.get("To" if request.values.get("Direction", "").startswith("outbound") else "From", "")
 
 
 # --- The call -----------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def talking():
 
 @app.post("/status_callback")
 def status_callback():
-    """The call is over: forget it. Twilio asks this once, and not always; see ``Store.check`` for the rest."""
+    """The call is over: forget it. Twilio asks this once, and not always: after a day it is forgotten anyway."""
     if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
         Conversation(request.values["CallSid"], line).forget()
     return "", 204

@@ -48,8 +48,8 @@ HANG_UP = {
 MAX_TOKENS = 2000
 
 # All of these are seconds.
-PATIENCE = 8.0  # before a webhook answers "one moment": Twilio waits 15, the network and the disk want their share
-GIVE_UP = 30.0  # for the next sentence: nobody waits longer, and "one moment" has been said three times by then
+PATIENCE = 6.0  # before a webhook answers "one moment": Twilio waits 15, and a process that has to start first takes 4
+GIVE_UP = 30.0  # for the next sentence: nobody waits longer, and "one moment" has been said four times by then
 STALLED = 10.0  # without a sign of life from a reply that has begun: its process or its stream is dead
 GLANCE = 0.05  # between two looks at a row that another process writes
 SIP = 0.25  # between two reads of a reply that has begun: see GrowingReply.sip
@@ -325,7 +325,7 @@ def pause_after(error, attempt):
             return None
         with contextlib.suppress(ValueError):
             return float(error.response.headers.get("retry-after", ""))
-    elif not isinstance(error, (anthropic.APIConnectionError, httpx2.TransportError, EOFError)):
+    elif not isinstance(error, (anthropic.APIConnectionError, httpx2.TransportError)):
         return None
     return 0.5 * 2**attempt
 

@@ -84,6 +84,8 @@ class Store:
                 "INSERT INTO turns (call_sid, turn, delivery, words, touched) VALUES (?, ?, ?, ?, ?)",
                 [call_sid, turn, delivery, words, time.time()],
             )
+            if turn == 1:
+                self._forget_old(database)
             return turn, True
 
     def history(self, call_sid, first, last):
@@ -127,30 +129,48 @@ class Store:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def check(self):
-        """Write and read as a call does, on a connection of its own, and forget calls whose end was never reported."""
+        """Write and read as a call does, on a connection of its own."""
         with contextlib.closing(self._open()) as database:
-            database.execute("DELETE FROM turns WHERE touched < ?", [time.time() - A_DAY])
-            database.execute("DELETE FROM ended WHERE at < ?", [time.time() - A_DAY])
+            self._forget_old(database)
             # Something must be written, or a full disk would pass: the end of a call that never was.
             database.execute("INSERT OR REPLACE INTO ended VALUES ('check', ?)", [time.time()])
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
 
+    @staticmethod
+    def _forget_old(database):
+        """Forget the calls whose end was never reported."""
+        database.execute("DELETE FROM turns WHERE touched < ?", [time.time() - A_DAY])
+        database.execute("DELETE FROM ended WHERE at < ?", [time.time() - A_DAY])
+
     @contextlib.contextmanager
     def _connection(self):
         """Lend a connection for one transaction, which is committed at the end, or rolled back by an error."""
-        try:
-            connection = self._idle.pop()  # pop and append are atomic: no two threads get the same one
-        except IndexError:
-            connection = self._open()
+        connection, file = self._borrow()
         try:
             with connection:
                 yield connection
         except BaseException:
             connection.close()  # after trouble with the disk a new connection is the one that finds it mended
             raise
-        self._idle.append(connection)
+        self._idle.append((connection, file))
+
+    def _borrow(self):
+        """An idle connection to the file that is there now, or a new one, and which file that is."""
+        with contextlib.suppress(IndexError):
+            while True:
+                connection, file = self._idle.pop()  # no two threads get the same one
+                if file == self._which_file():
+                    return connection, file
+                connection.close()  # to a file that was deleted or replaced: others would not see what is written there
+        connection = self._open()
+        return connection, self._which_file()
+
+    def _which_file(self):
+        with contextlib.suppress(OSError):
+            found = os.stat(self.path)
+            return found.st_dev, found.st_ino
 
     def _open(self):
         with contextlib.suppress(OSError):  # where it can't be made, SQLite will say so

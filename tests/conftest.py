@@ -6,6 +6,7 @@ Tests that need other settings, or that kill the app, start one of their own. Th
 
 import concurrent.futures
 import functools
+import time
 
 import pytest
 
@@ -28,6 +29,15 @@ def meanwhile(test):
         _waiting[test.__name__].result()
 
     return look
+
+
+def wait_until(true, seconds=10.0):
+    """What this returns, once it is true."""
+    until = time.monotonic() + seconds
+    while not (now := true()):
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.02)
+    return now
 
 
 class Stage:

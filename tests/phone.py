@@ -239,18 +239,11 @@ class Phone:
         self.documents.append(body)
         if status >= 400:
             raise TwilioError(11200, f"HTTP {status} from {url}")
-        if len(body) > LARGEST_DOCUMENT:
-            raise TwilioError(11750, f"{len(body)} bytes of TwiML")
         if content_type == "text/plain":
             return [self._plain(body)]
         if content_type not in ("text/xml", "application/xml"):
             raise TwilioError(12300, f"content type {content_type}")
-        try:
-            response = ElementTree.fromstring(body)
-        except ElementTree.ParseError as error:
-            raise TwilioError(12100, f"the document doesn't parse: {error}") from error
-        check(response)
-        return list(response)
+        return list(parse(body))
 
     @staticmethod
     def _plain(body):
@@ -315,8 +308,14 @@ def sign(token, url, params):
     return base64.b64encode(hmac.new(token.encode(), message.encode(), hashlib.sha1).digest()).decode()
 
 
-def check(response):
-    """Refuse what Twilio's schema doesn't know."""
+def parse(body):
+    """The TwiML document in these bytes; TwilioError for what Twilio's parser and schema refuse."""
+    if len(body) > LARGEST_DOCUMENT:
+        raise TwilioError(11750, f"{len(body)} bytes of TwiML")
+    try:
+        response = ElementTree.fromstring(body)
+    except ElementTree.ParseError as error:
+        raise TwilioError(12100, f"the document doesn't parse: {error}") from error
     if response.tag != "Response":
         raise TwilioError(12100, f"<{response.tag}> is not <Response>")
     for verb in response.iter():
@@ -339,6 +338,7 @@ def check(response):
             raise TwilioError(12200, f"input={verb.get('input')!r}")
         if verb.get("speechTimeout") == "auto" and verb.get("speechModel"):
             raise TwilioError(13335, "speechTimeout=auto with a speechModel")
+    return response
 
 
 class App:
@@ -403,6 +403,12 @@ class App:
                 self.process.send_signal(number)
             else:
                 os.killpg(self.process.pid, number)
+
+    def workers(self):
+        """The process numbers of gunicorn's workers."""
+        listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+        return [pid for pid, parent in pairs if parent == self.process.pid]
 
     def stop(self):
         """End it, whatever it is doing."""

@@ -1,0 +1,146 @@
+"""Claude fails, in every way it can: the caller hears what there was and something honest, and the call goes on."""
+
+import re
+
+import pytest
+
+from tests.claude import Reply
+from tests.conftest import meanwhile, wait_until
+
+SORRY = "Sorry, something went wrong at my end. Could you say that again?"
+FIRST = "This is the first sentence."
+BEGUN = f"{FIRST} And here the second beg"
+
+# What Claude does, what the caller hears, and how the log calls it.
+TROUBLE = {
+    "bad request": (Reply(status=400), SORRY, r"BadRequestError 400 invalid_request_error, request req_pretend_\d+"),
+    "bad key": (Reply(status=401), SORRY, r"AuthenticationError 401 authentication_error, request req_pretend_\d+"),
+    "no such model": (Reply(status=404), SORRY, r"NotFoundError 404 not_found_error, request req_pretend_\d+"),
+    "long limit": (Reply(status=429, retry_after="60"), SORRY, r"RateLimitError 429 rate_limit_error, request req_\w+"),
+    "not JSON": (Reply(body=b"<html>502 Bad Gateway</html>"), SORRY, r"EOFError, request req_pretend_\d+"),
+    "half an event": (Reply(body=b'event: message_start\ndata: {"type": \n\n'), SORRY, r"JSONDecodeError, request req_\w+"),
+    "cut in mid-reply": (Reply(BEGUN, ending="cut"), f"{BEGUN} {SORRY}", r"(Read|RemoteProtocol)Error, request req_\w+"),
+    "closed in mid-reply": (Reply(BEGUN, ending="close"), f"{BEGUN} {SORRY}", r"EOFError, request req_pretend_\d+"),
+    "error in mid-reply": (
+        Reply(BEGUN, error="overloaded_error"), f"{BEGUN} {SORRY}", r"APIStatusError 200 overloaded_error, request req_\w+"
+    ),
+    "refusal": (Reply(stop="refusal"), "I can't help with that. What else can I do for you?", r"refusal, request req_\w+"),
+    "no text": (Reply(""), "I don't know what to say to that. Could you put it another way?", r"end_turn, request req_\w+"),
+    "only white space": (Reply(" \n "), "I don't know what to say to that. Could you put it another way?", r"end_turn, req"),
+    "cut off by max_tokens": (
+        Reply(BEGUN, stop="max_tokens"),
+        f"{BEGUN} There would be more to say about that. Shall I go on?",
+        r"max_tokens, request req_pretend_\d+",
+    ),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_trouble_is_heard_logged_and_over(stage, claude, phone, trouble):
+    reply, heard, logged = TROUBLE[trouble]
+    claude.when(f"Have {trouble}.", reply)
+    claude.when("Go on after that.", Reply("Gladly, where were we?"))
+    phone.call()
+    assert phone.say("I am Ann.") == "You said: I am Ann."
+    assert phone.say(f"Have {trouble}.") == heard
+    wait_until(lambda: re.search(rf"call {phone.call_sid} turn 2: .*{logged}", stage.app.log()))
+    assert phone.say("Go on after that.") == "Gladly, where were we?"
+    said = claude.requests[-1].messages
+    assert said[:2] == [("user", "I am Ann."), ("assistant", "You said: I am Ann.")]
+    assert all("Sorry" not in words and "can't help" not in words for _, words in said)
+    if trouble == "refusal":
+        assert len(said) == 3, "what was refused isn't sent again: Claude would go on refusing"
+    else:
+        assert said[2] == ("user", f"Have {trouble}.")
+    assert "Traceback" not in stage.app.log()
+
+
+@pytest.mark.parametrize("trouble", [
+    Reply(status=429), Reply(status=529), Reply(status=500), Reply(error="overloaded_error"),
+    Reply(ending="cut"), Reply(status=429, retry_after="1"),
+], ids=["429", "529", "500", "overloaded", "cut", "429 with retry-after"])
+def test_passing_trouble_is_not_even_noticed(claude, phone, trouble):
+    words = f"Try {trouble}."
+    claude.when(words, trouble, Reply("Here I am again."))
+    phone.call()
+    assert phone.say(words) == "Here I am again."
+    assert len(claude.asked(words)) == 2
+
+
+@meanwhile
+def test_lasting_trouble_ends_within_the_callers_patience(stage):
+    stage.claude.when("Overload.", Reply(status=529))
+    phone = stage.phone()
+    phone.call()
+    assert phone.say("Overload.") == SORRY
+    assert 2 < len(stage.claude.asked("Overload.")) < 8
+    assert phone.webhooks[-1][2] < 10
+
+
+@meanwhile
+def test_a_stall_after_the_first_sentence(stage):
+    stage.claude.when("Stall.", Reply(FIRST + " And", ending="stall"))
+    phone = stage.phone()
+    phone.call()
+    heard = phone.say("Stall.")
+    assert heard.startswith(FIRST) and heard.endswith(SORRY)
+    assert max(seconds for _, _, seconds, _ in phone.webhooks) < 10
+    assert phone.say("And now?") == "You said: And now?"
+
+
+@meanwhile
+def test_a_stall_that_hides_the_end_of_the_first_sentence(stage):
+    stage.claude.when("Stall at once.", Reply(FIRST, ending="stall"))
+    phone = stage.phone()
+    phone.call()
+    heard = phone.say("Stall at once.")
+    assert FIRST in heard and heard.endswith(SORRY)
+
+
+@meanwhile
+def test_claude_is_not_there_at_all(stage):
+    with stage.other_app(ANTHROPIC_BASE_URL="http://127.0.0.1:9") as app:
+        phone = stage.phone(app)
+        phone.call()
+        assert phone.say("Anybody?") == SORRY
+        wait_until(lambda: "APIConnectionError" in app.log())
+        assert "Traceback" not in app.log()
+
+
+@meanwhile
+def test_without_a_key_the_line_says_so_and_repeats_what_it_hears(stage):
+    with stage.other_app(ANTHROPIC_API_KEY=None) as app:
+        phone = stage.phone(app)
+        phone.call()
+        for words in ("Hello there!", "<Say>a & b</Say>", "\x0b\x00odd\ufffe"):
+            heard = phone.say(words)
+            assert "no key" in heard
+        assert "Hello there!" in phone.said[1][0] and "odd" in heard
+        assert phone.warnings == [] and not phone.ended
+        assert "ANTHROPIC_API_KEY is not set" in app.log()
+
+
+@meanwhile
+def test_model_effort_prompt_and_greeting_are_settings(stage):
+    settings = dict(CLAUDE_MODEL="claude-haiku-4-5", CLAUDE_EFFORT="", SYSTEM_PROMPT="Be a pirate.", GREETING="Ahoy!")
+    with stage.other_app(VOICE="Polly.Amy-Neural", LANGUAGE="en-GB", **settings) as app:
+        phone = stage.phone(app)
+        assert phone.call() == "Ahoy!"
+        assert phone.say("Which model?") == "You said: Which model?"
+        body = stage.claude.asked("Which model?")[0].body
+        assert (body["model"], body["system"]) == ("claude-haiku-4-5", "Be a pirate.")
+        assert "output_config" not in body
+        assert b'voice="Polly.Amy-Neural"' in phone.documents[-1]
+        assert phone._gather.get("language") == "en-GB"
+
+
+def test_the_log_has_a_line_a_turn_and_no_word_of_it(stage, claude, phone):
+    phone = stage.phone(number="+15557654321")
+    phone.call()
+    phone.say("My secret is a marmalade sandwich.")
+    phone.press("7")
+    line = rf"INFO call {phone.call_sid} turn 1: first sentence \d+ ms, end \d+ ms, tokens \d+ in \d+ out, end_turn, request"
+    wait_until(lambda: re.search(line, stage.app.log()))
+    log = stage.app.log()
+    for secret in ("marmalade", "+15557654321", "5557654321", "12345\n", "sk-ant"):
+        assert secret not in log

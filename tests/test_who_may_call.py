@@ -1,0 +1,177 @@
+"""Only Twilio gets in, and only for those who may call."""
+
+import http.client
+
+import pytest
+
+from tests.conftest import PROXY, TOKEN, meanwhile
+from tests.phone import App, Phone, sign
+
+VECTOR = {
+    "CallSid": "CA1234567890ABCDE", "Caller": "+14158675310", "Digits": "1234", "From": "+14158675310", "To": "+18005551212"
+}
+
+
+def post(app, path, params, headers=(), method="POST"):
+    """A request as anybody can make it. Returns status and body."""
+    phone = Phone(app.url, headers=dict(headers))
+    response = phone._send(app.url + path, method, params, "delivery")
+    return response.status, response.body.decode()
+
+
+def test_the_signature_is_twilios():
+    url = "https://example.com/myapp.php?foo=1&bar=2"
+    assert sign(TOKEN, url, VECTOR) == "L/OH5YylLD5NRKLltdqwSvS0BnU="
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_signed_requests_pass_behind_a_proxy(stage, method):
+    phone = stage.phone(method=method)
+    assert phone.call() == "Hello, this is Claude speaking!"
+
+
+def test_signed_words_with_every_kind_of_character_pass_by_get(stage):
+    phone = stage.phone()
+    phone.call()
+    words = "50% of ~/a+b & c=d; é/ü? #1"
+    phone._gather.set("method", "GET")
+    assert phone.say(words) == f"You said: {words}"
+
+
+@meanwhile
+def test_public_url_is_for_a_proxy_that_hides_the_address(stage):
+    with stage.other_app(PUBLIC_URL="https://hidden.example.com/") as app:
+        hidden = stage.phone(app, public_url="https://hidden.example.com", headers={"Host": "10.0.0.7", "Via": "1.1 x"})
+        assert hidden.call() == "Hello, this is Claude speaking!"
+        assert hidden.say("Hello?") == "You said: Hello?"
+
+
+@pytest.mark.parametrize("path", ["/", "/talking", "/talking?turn=1", "/status_callback"])
+@pytest.mark.parametrize("signature", [None, "", "wrong", "L/OH5YylLD5NRKLltdqwSvS0BnU=", "é"])
+def test_a_stranger_gets_403_and_touches_nothing(stage, claude, path, signature):
+    asked = len(claude.requests)
+    phone = stage.phone()
+    phone.call(), phone.say("Remember me.")
+    headers = {**PROXY, **({} if signature is None else {"X-Twilio-Signature": signature.encode()})}
+    params = {"CallSid": phone.call_sid, "SpeechResult": "Spend money!", "CallStatus": "completed"}
+    assert post(stage.app, path, params, headers)[0] == 403
+    assert phone.say("Do you?") == "You said: Do you?"
+    assert claude.requests[-1].messages[0] == ("user", "Remember me.")
+    assert len(claude.requests) == asked + 2
+
+
+def test_a_signature_is_for_one_address_and_one_set_of_parameters(stage):
+    url, params = "https://line.example.com/talking", {"CallSid": "CA1", "SpeechResult": "Hello."}
+    headers = {**PROXY, "Host": "line.example.com", "X-Twilio-Signature": sign(TOKEN, url, params)}
+    assert post(stage.app, "/talking", params, headers)[0] == 200
+    for path, other in [
+        ("/talking?turn=1", params), ("/talking", {**params, "SpeechResult": "Bye."}), ("/talking", {**params, "x": ""}),
+        ("/", params),
+    ]:
+        assert post(stage.app, path, other, headers)[0] == 403
+
+
+@pytest.fixture(scope="module")
+def open_app():
+    """An app without a token, as someone has who has just cloned it."""
+    with App() as app:
+        yield app
+
+
+def test_without_a_token_this_machine_is_answered(open_app):
+    phone = Phone(open_app.url)
+    assert phone.call() == "Hello, this is Claude speaking!"
+    phone = Phone(open_app.url, public_url=f"http://localhost:{open_app.port}")
+    assert phone.call() == "Hello, this is Claude speaking!"
+
+
+@pytest.mark.parametrize("header", [
+    {"X-Forwarded-For": "203.0.113.7"}, {"X-Forwarded-Proto": "https"}, {"X-Forwarded-Host": "localhost"},
+    {"Forwarded": "for=127.0.0.1"}, {"Via": "1.1 tunnel"}, {"X-Real-IP": "127.0.0.1"}, {"CF-Connecting-IP": "127.0.0.1"},
+    {"Host": "line.example.com"}, {"Host": "127.0.0.1.example.com"}, {"Origin": "https://evil.example.com"},
+    {"X-Forwarded-For": "127.0.0.1", "Host": "127.0.0.1"},
+], ids=str)
+def test_without_a_token_what_comes_from_elsewhere_is_refused(open_app, header):
+    for path in ("/", "/talking", "/status_callback"):
+        assert post(open_app, path, {"CallSid": "CA1", "SpeechResult": "Hi."}, header)[0] == 403
+    assert "set TWILIO_AUTH_TOKEN" in open_app.log()
+
+
+@meanwhile
+def test_an_empty_token_is_none(stage):
+    with stage.other_app(TWILIO_AUTH_TOKEN="") as app:
+        signature = sign("", app.url + "/", {"CallSid": "CA1"})
+        assert post(app, "/", {"CallSid": "CA1"}, {**PROXY, "X-Twilio-Signature": signature})[0] == 403
+
+
+def test_a_browser_gets_a_page_with_the_three_addresses(stage, open_app):
+    status, page = post(stage.app, "/", {}, {**PROXY, "Host": "line.example.com"}, "GET")
+    assert status == 200
+    for address in ("https://line.example.com/", "https://line.example.com/talking", "https://line.example.com/status_callback"):
+        assert address in page
+    assert TOKEN not in page and "not set" not in page
+    assert "TWILIO_AUTH_TOKEN is not set" in post(open_app, "/", {}, PROXY, "GET")[1]
+
+
+@meanwhile
+def test_only_allowed_callers_are_answered(stage):
+    with stage.other_app(ALLOWED_CALLERS="+1 (555) 123-0001, +442071234567,") as app:
+        friend = stage.phone(app, number="+15551230001")
+        assert friend.call() == "Hello, this is Claude speaking!"
+        for number in ("+15551230002", "anonymous", "unknown", "", "15551230001", "sip:+15551230001@x", "+266696687", "+"):
+            stranger = stage.phone(app, number=number)
+            assert stranger.call() == ""
+            assert stranger.ended == "rejected"
+            stranger = stage.phone(app, number=number)
+            stranger.params["CallStatus"] = "in-progress"
+            stranger._turn(stranger._fetch, "https://line.example.com/talking", "POST", {"SpeechResult": "Let me in."})
+            assert stranger.ended == "hangup" and stranger.said == []
+        assert not stage.claude.asked("Let me in.")
+        called = stage.phone(app, number="+15550009999", To="+442071234567", Direction="outbound-api")
+        assert called.call() == "Hello, this is Claude speaking!"
+        assert stage.phone(app, number="+442071234567", To="+15550009999", Direction="outbound-api").call() == ""
+
+
+@pytest.mark.parametrize("setting, value, takes", [
+    ("MAX_TURNS", "lots", "a whole number"), ("MAX_TURNS", "0", "a whole number"), ("MAX_TURNS", "-1", "a whole number"),
+    ("DATABASE_URL", "postgres://u:secret@h/d", "sqlite:///"), ("DATABASE_URL", "sqlite://", "sqlite:///"),
+    ("PUBLIC_URL", "my-line.example.com", "https://"), ("ALLOWED_CALLERS", "alice", "+15551234567"),
+    ("ALLOWED_CALLERS", "15551234567", "+15551234567"), ("CLAUDE_EFFORT", "maximum", "low, medium"),
+    ("CLAUDE_MODEL", "two words", "model"), ("ANTHROPIC_API_KEY", "sk ant secret", "key"),
+    ("LANGUAGE", "english please", "en-GB"), ("VOICE", "<b>", "voice"),
+])
+def test_a_value_that_cannot_be_used_is_named_with_what_it_takes(setting, value, takes):
+    from app import Settings
+
+    with pytest.raises(ValueError, match=setting) as refused:
+        Settings({setting: value})
+    assert takes in str(refused.value) and "secret" not in str(refused.value)
+
+
+@meanwhile
+def test_such_a_value_stops_the_start_with_one_line(stage):
+    for arguments in ("", "--preload"):
+        with pytest.raises(RuntimeError) as did_not_start:
+            stage.other_app(arguments, MAX_TURNS="lots").start()
+        (line,) = [line for line in str(did_not_start.value).splitlines() if "MAX_TURNS" in line]
+        assert line == "Voice Claude can't start: MAX_TURNS takes a whole number, 1 or more."
+        assert "Traceback" not in str(did_not_start.value)
+
+
+def test_an_empty_value_is_the_default_but_for_the_effort():
+    from app import Settings
+
+    given = dict.fromkeys(["MAX_TURNS", "CLAUDE_MODEL", "GREETING", "DATABASE_URL", "ALLOWED_CALLERS", "CLAUDE_EFFORT"], "")
+    settings, defaults = Settings(given), Settings({})
+    assert (defaults.claude_effort, settings.claude_effort) == ("low", "")
+    assert vars(settings) == {**vars(defaults), "claude_effort": ""}
+
+
+def test_bodies_that_are_not_forms_or_huge_are_refused_early(stage, open_app):
+    for content_type, status in [("application/json", 415), ("multipart/form-data; boundary=x", 415), ("text/plain", 415)]:
+        connection = http.client.HTTPConnection("127.0.0.1", open_app.port, timeout=10)
+        connection.request("POST", "/talking", b'{"CallSid": "CA1"}', {"Content-Type": content_type})
+        assert connection.getresponse().status == status
+        connection.close()
+    status, _ = post(open_app, "/talking", {"CallSid": "CA1", "SpeechResult": "x" * 1_000_000})
+    assert status == 413
