@@ -183,9 +183,7 @@ class Phone:
                 self.ended = "hangup"
                 return None
             elif verb.tag == "Reject":
-                if position or self.params["CallStatus"] != "ringing":
-                    raise TwilioError(12200, "<Reject> must be the first verb of a call")
-                self.ended = "rejected"
+                self.ended = "rejected" if self.params["CallStatus"] == "ringing" else "hangup"
                 return None
             elif verb.tag == "Gather":
                 self.params["CallStatus"] = "in-progress"
@@ -318,6 +316,8 @@ def parse(body):
         raise TwilioError(12100, f"the document doesn't parse: {error}") from error
     if response.tag != "Response":
         raise TwilioError(12100, f"<{response.tag}> is not <Response>")
+    if any(verb.tag == "Reject" for verb in response[1:]):
+        raise TwilioError(12200, "<Reject> must be the first verb")
     for verb in response.iter():
         if verb is response:
             continue
@@ -365,9 +365,10 @@ class App:
 
     def start(self):
         """Start it, and wait until it answers."""
-        procfile = (pathlib.Path(self.folder) / "Procfile").read_text() if (
-            pathlib.Path(self.folder) / "Procfile").exists() else (ROOT / "Procfile").read_text()
-        command = shlex.split(procfile.partition("web:")[2].splitlines()[0])
+        procfile = pathlib.Path(self.folder) / "Procfile"
+        if not procfile.exists():
+            procfile = ROOT / "Procfile"  # a learner's folder has none yet
+        command = shlex.split(procfile.read_text().partition("web:")[2].splitlines()[0])
         command = [sys.executable, "-m", *command]  # gunicorn, of this environment
         bind = f"--bind 127.0.0.1:{self.port} {self.arguments}"
         with open(self.log_path, "ab") as log:
@@ -380,17 +381,27 @@ class App:
                 stderr=log,
                 start_new_session=True,  # so that it and its workers can be ended together
             )
-        until = time.monotonic() + 30
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(self.url + "/", timeout=30).close()
-                return self
-            except urllib.error.HTTPError:
-                return self
-            except OSError:
+        try:
+            until = time.monotonic() + 30
+            while time.monotonic() < until and self.process.poll() is None:
+                if self._answers():
+                    return self
                 time.sleep(0.05)
+        except BaseException:
+            self.stop()  # Ctrl-C, most likely
+            raise
+        log = self.log()
         self.stop()
-        raise RuntimeError(f"the app did not start:\n{self.log()}")
+        raise RuntimeError(f"the app did not start:\n{log}")
+
+    def _answers(self):
+        try:
+            urllib.request.urlopen(self.url + "/", timeout=30).close()
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+        return True
 
     def log(self):
         """What it has printed so far."""
@@ -411,20 +422,20 @@ class App:
         return [pid for pid, parent in pairs if parent == self.process.pid]
 
     def stop(self):
-        """End it, whatever it is doing."""
+        """End it, whatever it is doing, and leave nothing of it."""
         if self.process:
             self.kill(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(3)
             self.kill()
             self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __enter__(self):
         return self.start()
 
     def __exit__(self, *_):
         self.stop()
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 # --- The telephone in the terminal --------------------------------------------------------------------------------------

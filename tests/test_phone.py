@@ -1,0 +1,191 @@
+"""The telephone itself: it must be as strict as Twilio, or the other tests prove nothing."""
+
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.conftest import meanwhile, wait_until
+from tests.phone import ROOT, Phone
+
+LISTEN = '<Gather input="speech dtmf" action="{action}"><Say>Go on.</Say></Gather>'
+
+
+class Script(http.server.ThreadingHTTPServer):
+    """A web server that answers each path with what it is given: (status, headers, body)."""
+
+    daemon_threads = True
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                self.server.asked.append((self.command, self.path, body.decode(), self.headers))
+                status, headers, body = self.server.answers[self.path.split("?")[0]]
+                if callable(body):
+                    body = body()
+                self.send_response(status)
+                for name, value in {"Content-Type": "text/xml", "Content-Length": len(body.encode()), **headers}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self, Phone(f"http://127.0.0.1:{self.server_address[1]}")
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+def twiml(verbs, status=200, **headers):
+    return status, headers, f"<Response>{verbs}</Response>"
+
+
+@pytest.mark.parametrize("body, error", [
+    ("<Response><Say>a & b</Say></Response>", 12100),
+    ("<Response><Say>\x0b</Say></Response>", 12100),
+    ("<Response><Say>open</Response>", 12100),
+    ("", 12100),
+    ("<Answer/>", 12100),
+    ("<Response><Speak>x</Speak></Response>", 12200),
+    ('<Response><Say tone="high">x</Say></Response>', 12200),
+    ('<Response><Gather input="speech touch"/></Response>', 12200),
+    ('<Response><Gather timeout="soon"/></Response>', 12200),
+    ("<Response><Gather><Hangup/></Gather></Response>", 12200),
+    ("<Response><Say>x</Say><Reject/></Response>", 12200),
+    ('<Response><Gather speechTimeout="auto" speechModel="phone_call"/></Response>', 13335),
+    ("<Response><Say>" + "x" * 70_000 + "</Say></Response>", 11750),
+])
+def test_what_twilio_would_refuse_ends_the_call_with_its_error(body, error):
+    with Script({"/": (200, {}, body), "/talking": (500, {}, "")}) as (server, phone):
+        assert phone.call().endswith("an application error has occurred. Goodbye.")
+        assert phone.warnings[0].startswith(f"Twilio error {error}")
+        method, path, form, headers = server.asked[-1]
+        assert path == "/talking" and f"ErrorCode={error}" in form and "ErrorUrl=" in form
+
+
+def test_statuses_and_content_types():
+    for status, headers, error in [(404, {}, 11200), (500, {}, 11200), (200, {"Content-Type": "application/json"}, 12300)]:
+        with Script({"/": twiml("<Say>x</Say>", status, **headers), "/talking": twiml("<Say>Saved.</Say>")}) as (_, phone):
+            assert phone.call() == "Saved.", "by the fallback"
+            assert str(error) in phone.warnings[0]
+    with Script({"/": (200, {"Content-Type": "text/plain"}, "Read aloud.")}) as (_, phone):
+        assert phone.call() == "Read aloud."
+
+
+def test_too_long_or_empty_words_are_warned_of():
+    with Script({"/": twiml("<Say/><Say>" + "é" * 800 + "</Say>")}) as (_, phone):
+        phone.call()
+        assert [warning[:5] for warning in phone.warnings] == ["13520", "13521"]
+
+
+def test_the_last_verb_hangs_up():
+    with Script({"/": twiml("<Say>Bye.</Say>")}) as (_, phone):
+        assert phone.call() == "Bye." and phone.ended == "hangup"
+
+
+def test_a_silent_gather_falls_through_and_urls_are_relative():
+    verbs = LISTEN.format(action="next?x=1") + "<Say>Hello?</Say><Redirect>again/deep</Redirect>"
+    answers = {"/": twiml(verbs), "/again/deep": twiml(LISTEN.format(action="../other")), "/other": twiml("<Hangup/>")}
+    with Script(answers) as (server, phone):
+        assert phone.call() == "Go on."
+        assert phone.stay_silent() == "Hello? Go on."
+        phone.say("Yes & no.")
+        assert server.asked[-1][1] == "/other" and "SpeechResult=Yes+%26+no." in server.asked[-1][2]
+        assert phone.ended == "hangup"
+
+
+def test_a_redirect_by_http_loses_what_the_caller_said():
+    answers = {"/": twiml(LISTEN.format(action="/talking")), "/talking": (308, {"Location": "/talking/"}, ""),
+               "/talking/": twiml("<Say>What?</Say>")}
+    with Script(answers) as (server, phone):
+        phone.call()
+        assert phone.say("Hello.") == "What?"
+        assert server.asked[-1][0] == "GET" and "SpeechResult" not in server.asked[-1][1] + server.asked[-1][2]
+
+
+def test_keys_end_at_the_finishing_key_or_when_there_are_enough():
+    for attributes, digits in [("", "12"), ('numDigits="1"', "1"), ('finishOnKey=""', "12%233"), ('finishOnKey="2"', "1")]:
+        gather = f'<Gather input="dtmf" {attributes} action="/a"/>'
+        with Script({"/": twiml(gather), "/a": twiml("<Hangup/>")}) as (server, phone):
+            phone.call(), phone.press("12#3")
+            assert f"Digits={digits}&" in server.asked[-1][2]
+
+
+def test_a_delivery_that_finds_nobody_is_tried_again_as_the_same():
+    phone = Phone("http://127.0.0.1:9")
+    assert "application error" in phone.call() and "11205" in phone.ended
+
+
+@meanwhile
+def test_after_fifteen_seconds_twilio_asks_the_fallback(stage):
+    answers = {"/": twiml(""), "/talking": twiml("<Say>Saved.</Say>")}
+    answers["/"] = (200, {"Content-Length": 11}, lambda: time.sleep(16) or "<Response/>")
+    with Script(answers) as (_, phone):
+        assert phone.call() == "Saved."
+        assert "11200" in phone.warnings[0]
+
+
+def telephone(*arguments, **more):
+    """The telephone in a terminal, as a process; only what a fresh machine has in its environment."""
+    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    command = [sys.executable, "-m", "tests.phone", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **more)
+
+
+@meanwhile
+def test_three_turns_in_the_terminal_without_a_key(stage):
+    process = telephone()
+    out, err = process.communicate("Hello there.\nHow are you?\n\n/5\nGood bye.\n/bye\n", timeout=50)
+    assert "Hello, this is Claude speaking!" in out
+    for heard in ("what I hear: Hello there.", "what I hear: How are you?", "pressed 5", "what I hear: Good bye."):
+        assert heard in out
+    assert "Are you still there?" in out and "stay silent" in out and "hang up" in out, "the keys are shown at the start"
+    assert (process.returncode, err) == (0, "")
+
+
+def descendants(pid):
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    children = [int(child) for child, parent in map(str.split, listing.splitlines()) if int(parent) == pid]
+    return children + [pid for child in children for pid in descendants(child)]
+
+
+@meanwhile
+def test_ctrl_c_leaves_nothing_running(stage):
+    for moment in ("Starting", "Calling"):
+        process = telephone(start_new_session=True)
+        while moment not in process.stdout.readline():
+            pass
+        running = wait_until(lambda: descendants(process.pid))
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        for pid in running:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+@meanwhile
+def test_a_running_line_is_called_with_its_address(stage):
+    process = telephone("http://127.0.0.1:9")
+    out, _ = process.communicate("", timeout=20)
+    assert "Twilio error 11205" in out and process.returncode == 1
+    process = telephone("my-line.example.com")
+    _, err = process.communicate("", timeout=20)
+    assert "http://" in err and process.returncode == 2
