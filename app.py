@@ -26,7 +26,7 @@ import conversation
 from conversation import Conversation, Line, speakable
 from store import Store, StoreError
 
-# --- Settings -----------------------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------------------------
 
 
 class Settings:
@@ -56,8 +56,8 @@ class Settings:
         numbers = setting("ALLOWED_CALLERS", "", numbers, r"\+[\d ().-]+(\s*,\s*\+[\d ().-]+)*,?")
         self.allowed_callers = set(re.sub(r"[^\d+,]", "", numbers).strip(",").split(",")) - {""}
         self.max_turns = int(setting("MAX_TURNS", "100", "a whole number, 1 or more", r"0*[1-9]\d{0,8}"))
-        sqlite = "sqlite:/// and the path of a file: no other database is used"
-        self.database = setting("DATABASE_URL", "sqlite:///calls.db", sqlite, r"sqlite:///.+").removeprefix("sqlite:///")
+        file = "sqlite:/// and the path of a file: no other database is used"
+        self.database = setting("DATABASE_URL", "sqlite:///calls.db", file, r"sqlite:///.+").removeprefix("sqlite:///")
 
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -90,7 +90,7 @@ app.url_map.merge_slashes = False  # it answers // with a redirect, and Twilio l
 # signature is made with the true address.
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
 
-# --- Who may call -------------------------------------------------------------------------------------------------------
+# --- Who may call ---------------------------------------------------------------------------------------------------
 
 
 @app.before_request
@@ -148,7 +148,7 @@ def other_party():
     return request.values.get("To" if request.values.get("Direction", "").startswith("outbound") else "From", "")
 
 
-# --- The call -----------------------------------------------------------------------------------------------------------
+# --- The call -------------------------------------------------------------------------------------------------------
 
 # What the line says in its own name. None of it is ever kept, or sent to Claude, as if Claude had said it.
 ARE_YOU_THERE = ["Are you still there?", "I'm listening, whenever you like to say something."]
@@ -217,7 +217,7 @@ def number(name):
     return min(max(0, request.args.get(name, 0, type=int)), 10**9)  # SQLite's integers end somewhere
 
 
-# --- What the caller hears ----------------------------------------------------------------------------------------------
+# --- What the caller hears ------------------------------------------------------------------------------------------
 
 # One <Say> takes 3000 characters (Polly's limit, https://www.twilio.com/docs/voice/twiml/say), and 4500 bytes once they
 # are URL-encoded: 12 each, at worst. So much of the text at a time, up to the end of a sentence or at least of a word.
@@ -274,8 +274,8 @@ def goodbye(text):
 def speak(turn, heard, reply):
     """Say what there is of a reply; then come back for the rest, or listen.
 
-    What comes before the rest is said outside of <Gather>: Twilio would wait for the caller first. So only the last part
-    of a reply can be cut in on, which for all but the first sentence it mostly is.
+    What is said before the rest is there stands outside of <Gather>, behind which Twilio would wait for the caller first.
+    So only the last part of a reply can be cut in on: mostly, all of it but the first sentence.
     """
     text, rest = reply.text[:LONGEST], reply.text[LONGEST:]
     if rest or not reply.stop:
@@ -291,7 +291,7 @@ def speak(turn, heard, reply):
     return listen(f"{text} {add}" if text or heard or add else NO_ANSWER)
 
 
-# --- For the owner ------------------------------------------------------------------------------------------------------
+# --- For the owner --------------------------------------------------------------------------------------------------
 
 
 @app.get("/healthz")

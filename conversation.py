@@ -64,8 +64,8 @@ LONG = 300
 # Tokens that were read from the cache, or written to it, aren't in ``input_tokens``.
 INPUT_TOKENS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
-# What Claude is sent begins at a multiple of this many turns, and holds at most twice as many: between two such jumps it
-# only grows at its end, as prompt caching needs.
+# What Claude is sent begins at a multiple of this many turns, and holds at most twice as many: between two such jumps
+# it only grows at its end, as prompt caching needs.
 HISTORY_STEP = 20
 
 
@@ -187,11 +187,14 @@ class Conversation:
             try:
                 return self._ask(messages, reply)
             except EXPECTED as error:
+                reply.request_id = getattr(error, "request_id", None) or reply.request_id
                 pause = pause_after(error, attempt)
-                if pause is None or reply.first_sentence_ms or reply.age() + pause > PATIENCE:
+                if pause is None or reply.is_heard or reply.age() + pause > PATIENCE:
                     raise
-                log.info("call %s turn %d: %s, asking again", self.call_sid, reply.turn, describe(error))
+                told = (self.call_sid, reply.turn, describe(error), reply.request_id)
+                log.info("call %s turn %d: %s, request %s, asking again", *told)
                 time.sleep(pause)
+                reply.begin_again()
 
     def _ask(self, messages, reply):
         """Send Claude the messages, and let the reply grow as the answer comes in.
@@ -252,13 +255,16 @@ class GrowingReply:
 
     def __init__(self, store, call_sid, turn):
         self.store, self.call_sid, self.turn = store, call_sid, turn
-        self.pending = ""  # the beginning of a sentence
-        self.began = self.last_sentence = self.last_write = time.monotonic()
-        self.first_sentence_ms = None
-        self.tokens_in = self.tokens_out = 0
-        self.request_id = None
-        self.last_event = self.began
         self.news = threading.Condition()  # for who waits in this process: looking every few milliseconds costs more
+        self.pending = ""  # the beginning of a sentence
+        self.began = self.last_sentence = self.last_write = self.last_event = time.monotonic()
+        self.first_sentence_ms = self.request_id = None
+        self.tokens_in = self.tokens_out = 0
+
+    @property
+    def is_heard(self):
+        """Whether some of it is in the row, where it may have been said already."""
+        return self.first_sentence_ms is not None
 
     def age(self):
         """Seconds since Claude was first asked."""
@@ -285,6 +291,11 @@ class GrowingReply:
         elif now - self.last_write > PULSE:
             self._write("")
 
+    def begin_again(self):
+        """Claude is asked once more: what was not heard is not kept. Raises CallerGone, as ``add`` does."""
+        self.pending = ""
+        self._write("")
+
     def sip(self):
         """Let some more of the stream come in before it is read on.
 
@@ -292,7 +303,7 @@ class GrowingReply:
         wake this thread 60 times a second; reading what has gathered costs half as much, and nobody hears it.
         """
         waited = time.monotonic() - self.last_event
-        if self.first_sentence_ms is not None and waited > 0.002:  # or there is more that has gathered already
+        if self.is_heard and waited > 0.002:  # or there is more that has gathered already
             time.sleep(SIP)
         self.last_event = time.monotonic()
 
@@ -308,7 +319,7 @@ class GrowingReply:
         with self.news:
             self.news.notify_all()
         self.last_write = time.monotonic()
-        if spoken and self.first_sentence_ms is None:
+        if spoken and not self.is_heard:
             self.first_sentence_ms = round(self.age() * 1000)
 
 
@@ -324,7 +335,7 @@ def pause_after(error, attempt):
         if error.status_code < 500 and error.type not in ("rate_limit_error", "overloaded_error", "api_error"):
             return None
         with contextlib.suppress(ValueError):
-            return float(error.response.headers.get("retry-after", ""))
+            return max(0.0, float(error.response.headers.get("retry-after", "")))
     elif not isinstance(error, (anthropic.APIConnectionError, httpx2.TransportError)):
         return None
     return 0.5 * 2**attempt
@@ -333,12 +344,12 @@ def pause_after(error, attempt):
 def describe(error):
     """An error for the log, without its message: that may quote what was said."""
     if isinstance(error, anthropic.APIStatusError):
-        return f"{type(error).__name__} {error.status_code} {error.type}, request {error.request_id}"
+        return f"{type(error).__name__} {error.status_code} {error.type}"
     return type(error).__name__
 
 
-# The end of a sentence: its full stop with what closes after it, and white space; or a full stop of the scripts that put
-# no space after it; or the end of a line. Not after "Mr." and the like, nor after an initial.
+# The end of a sentence: its full stop with what closes after it, and white space; or a full stop of the scripts that
+# put no space after it; or the end of a line. Not after "Mr." and the like, nor after an initial.
 SENTENCE_END = re.compile(
     r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
     [.!?…][.!?…"'”’)\]*_]*(?=\s) | [。！？।؟] | \n""",
@@ -359,9 +370,10 @@ UNSPEAKABLE = [
         (r"[ \t]*\|[ \t]*", ", "),
         (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),  # 2 * 3 is a product; every other star is emphasis
         (r"[*`]|~~|(?<!\w)_+|_+(?!\w)|\\(?=[^\w\s])", ""),
-        # Emoji, arrows and boxes, with what joins and colours them. Letters and marks of all scripts are elsewhere, and so
-        # are signs that have a name, like ° and ≤.
-        ("[\u2190-\u21ff\u2300-\u27bf\u2900-\u297f\u2b00-\u2bff\u3030\u20e3\ufe0f\U0001f000-\U0001faff\U000e0000-\U000e007f]\u200d?", " "),
+        # Arrows, boxes and emoji, with what joins and colours them. Letters and marks of all scripts are elsewhere, and
+        # so are signs that have a name, like ° and ≤.
+        ("[\u2190-\u21ff\u2300-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff]\u200d?", " "),
+        ("[\u20e3\ufe0f\U000e0000-\U000e007f]\u200d?", ""),
         # What XML can't hold (https://www.w3.org/TR/xml/#charsets): the document would end the call, with error 12100.
         ("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", ""),
         (r"(?<=\w)[ \t]*\n\s*", ". "),  # a line that ends without a full stop ends a thought all the same

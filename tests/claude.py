@@ -26,6 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 KEY = "sk-ant-pretend"
 MODELS = {"claude-haiku-5-5", "claude-sonnet-5-5", "claude-opus-5-5", "claude-haiku-4-5", "claude-sonnet-4-5"}
 WITHOUT_EFFORT = {"claude-haiku-4-5", "claude-sonnet-4-5"}
+EFFORTS = {"low", "medium", "high", "xhigh", "max"}
 ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -111,7 +112,7 @@ def complaint(body, headers):
     if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
         return 400, "max_tokens: must be at least 1"
     effort = body.get("output_config", {}).get("effort")
-    if effort is not None and (body["model"] in WITHOUT_EFFORT or effort not in ("low", "medium", "high", "xhigh", "max")):
+    if effort is not None and (body["model"] in WITHOUT_EFFORT or effort not in EFFORTS):
         return 400, "output_config.effort: not supported by this model"
     messages = body.get("messages")
     if not messages:

@@ -30,6 +30,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -46,8 +47,8 @@ VERBS = {
     "Say": {"voice", "language", "loop"},
     "Pause": {"length"},
     "Gather": set(
-        "input action method timeout speechTimeout speechModel numDigits finishOnKey actionOnEmptyResult language hints "
-        "profanityFilter partialResultCallback partialResultCallbackMethod".split()
+        "input action method timeout speechTimeout speechModel numDigits finishOnKey actionOnEmptyResult language "
+        "hints profanityFilter partialResultCallback partialResultCallbackMethod".split()
     ),
     "Redirect": {"method"},
     "Hangup": set(),
@@ -79,7 +80,16 @@ class Phone:
     """
 
     def __init__(
-        self, url, token=None, *, number="+15551230001", public_url=None, headers=None, method="POST", speaking_rate=None, **params
+        self,
+        url,
+        token=None,
+        *,
+        number="+15551230001",
+        public_url=None,
+        headers=None,
+        method="POST",
+        speaking_rate=None,
+        **params,
     ):
         self.url = url.rstrip("/")
         self.public_url = (public_url or self.url).rstrip("/")
@@ -350,6 +360,8 @@ class App:
         arguments: more for gunicorn.
     """
 
+    _starting = threading.Semaphore(os.cpu_count() or 1)
+
     def __init__(self, environ=None, *, folder=ROOT, arguments=""):
         self.scratch = tempfile.mkdtemp(prefix="voice-claude-")
         self.database = os.path.join(self.scratch, "calls.db")
@@ -364,7 +376,11 @@ class App:
         self.process = None
 
     def start(self):
-        """Start it, and wait until it answers."""
+        """Start it, and wait until it answers. As many at a time as there are processors."""
+        with self._starting:
+            return self._start()
+
+    def _start(self):
         procfile = pathlib.Path(self.folder) / "Procfile"
         if not procfile.exists():
             procfile = ROOT / "Procfile"  # a learner's folder has none yet
@@ -438,14 +454,14 @@ class App:
         self.stop()
 
 
-# --- The telephone in the terminal --------------------------------------------------------------------------------------
+# --- The telephone in the terminal ----------------------------------------------------------------------------------
 
 HELP = """\
 You are the caller. Type what you say and press Enter; or
     just Enter     stay silent
     /5             press a key: 0 to 9, * or #
     /bye           hang up (so does Ctrl-D; Ctrl-C ends everything at once)
-While Claude talks you can cut in by pressing Enter; a reply that is still being written is heard to the end of its part.
+While Claude talks you can cut in with Enter; what is said while the rest is still being written is heard to its end.
 """
 
 
@@ -513,8 +529,10 @@ def main():
             if not url:
                 print("Starting the app ...", flush=True)
                 # A database of its own, whatever this shell has set for another one.
-                mine = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "PUBLIC_URL", "PORT")}
-                url = stack.enter_context(App(mine, folder=os.getcwd())).url
+                settings = dict(os.environ)
+                for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
+                    settings.pop(elsewhere, None)
+                url = stack.enter_context(App(settings, folder=os.getcwd())).url
             phone = TerminalPhone(url, token, number=options.number)
             print(f"Calling {url}\n")
             converse(phone)

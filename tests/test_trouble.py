@@ -57,7 +57,7 @@ def test_trouble_is_heard_logged_and_over(stage, claude, phone, trouble):
 
 @pytest.mark.parametrize("trouble", [
     Reply(status=429), Reply(status=529), Reply(status=500), Reply(error="overloaded_error"),
-    Reply(ending="cut"), Reply(status=429, retry_after="1"),
+    Reply("Here I a", ending="cut"), Reply(status=429, retry_after="1"),
 ], ids=["429", "529", "500", "overloaded", "cut", "429 with retry-after"])
 def test_passing_trouble_is_not_even_noticed(claude, phone, trouble):
     words = f"Try {trouble}."
