@@ -10,13 +10,17 @@ Who may call is decided first. After that the answer is always TwiML, whatever g
 hears "an application error has occurred".
 """
 
+import http.client
 import logging
 import os
 import re
 import sys
+import urllib.request
 from urllib.parse import urlsplit
 
+import click
 from flask import Flask, abort, request
+from twilio.base.exceptions import TwilioException, TwilioRestException
 from twilio.request_validator import RequestValidator
 from twilio.twiml.voice_response import VoiceResponse
 from werkzeug.exceptions import HTTPException
@@ -40,6 +44,8 @@ class Settings:
             return value
 
         self.anthropic_api_key = setting("ANTHROPIC_API_KEY", "", "the key as Anthropic shows it", r"[!-~]+")
+        sid = "AC and 32 hexadecimal digits"
+        self.twilio_account_sid = setting("TWILIO_ACCOUNT_SID", "", sid, r"AC[0-9a-fA-F]{32}")
         self.twilio_auth_token = setting("TWILIO_AUTH_TOKEN", "")
         address = "an address like https://my-line.example.com"
         self.public_url = setting("PUBLIC_URL", "", address, r"https?://[^\s/?#]+[^\s?#]*").rstrip("/")
@@ -82,6 +88,9 @@ if not line.claude:
     log.warning("ANTHROPIC_API_KEY is not set: the line repeats what it hears")
 if not settings.twilio_auth_token:
     log.warning("TWILIO_AUTH_TOKEN is not set: only direct requests from this machine are answered")
+
+# What Twilio is to ask next: on the host it has just asked, and where PUBLIC_URL has a path, below that.
+TALKING = urlsplit(settings.public_url).path + "/talking"
 
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # a minute of speech is 12 kB at most, in the longest encoding
@@ -242,7 +251,7 @@ def listen(text, silences=0):
     response = VoiceResponse()
     gather = response.gather(
         input="speech dtmf",
-        action="/talking",
+        action=TALKING,
         method="POST",
         timeout=5,  # seconds for the caller to begin: enough to think, and then we ask
         speech_timeout="auto",  # the caller is done at the first pause; the default is to wait for as long as timeout
@@ -252,7 +261,7 @@ def listen(text, silences=0):
         language=settings.language or None,
     )
     say(gather, text)
-    response.redirect(f"/talking?silences={silences + 1}", method="POST")  # Twilio gets here if nobody speaks
+    response.redirect(f"{TALKING}?silences={silences + 1}", method="POST")  # Twilio gets here if nobody speaks
     return twiml(response)
 
 
@@ -283,7 +292,7 @@ def speak(turn, heard, reply):
         response = VoiceResponse()
         say(response, text or ONE_MOMENT[waited % len(ONE_MOMENT)])
         waited = 0 if text else (waited + 1) % len(ONE_MOMENT)
-        response.redirect(f"/talking?turn={turn}&heard={heard + len(text)}&waited={waited}", method="POST")
+        response.redirect(f"{TALKING}?turn={turn}&heard={heard + len(text)}&waited={waited}", method="POST")
         return twiml(response)
     if reply.stop in GOODBYE:
         return goodbye(text if text or heard else GOODBYE[reply.stop])
@@ -331,3 +340,124 @@ def apologise(error):
     else:
         log.exception("unexpected")
     return listen(SORRY)
+
+
+# --- flask connect, flask ring ----------------------------------------------------------------------------------------
+
+# For the owner's terminal. What stands in the way is a ClickException: click says it in one line, and exits with 1.
+its_number = click.option("--number", help="The line's own number, like +15551234567, if the account has several.")
+
+
+@app.cli.command("connect")
+@click.argument("address")
+@its_number
+def connect(address, number):
+    """Point a Twilio number at the app that runs at ADDRESS."""
+    address = this_app(address)
+    own = own_number(twilio_client(), number)
+    if hidden_by := own.trunk_sid or own.voice_application_sid:
+        kind = "trunk" if own.trunk_sid else "TwiML app"
+        trouble = f"{own.phone_number} is answered by the {kind} {hidden_by}, and would ignore this address"
+        raise click.ClickException(f"{trouble}: take that off the number in Twilio's console, and try again.")
+    wanted = {
+        "voice_url": f"{address}/",
+        "voice_method": "POST",
+        "voice_fallback_url": f"{address}/talking",
+        "voice_fallback_method": "POST",
+        "status_callback": f"{address}/status_callback",
+        "status_callback_method": "POST",
+    }
+    changes = {name: value for name, value in wanted.items() if getattr(own, name) != value}
+    if not changes:
+        click.echo(f"{own.phone_number} is connected to {address} already.")
+        return
+    ask(own.update, **wanted)
+    click.echo(f"{own.phone_number} is connected to {address} now.")
+    for name, value in changes.items():
+        before = re.sub(r"//[^/?#]*@", "//", getattr(own, name) or "nothing")  # a URL can have a password in it
+        click.echo(f"    {name}: {value} (before: {before})")
+
+
+@app.cli.command("ring")
+@click.argument("to")
+@click.argument("address")
+@its_number
+def ring(to, address, number):
+    """Call the number TO from the line that runs at ADDRESS."""
+    if not re.fullmatch(r"\+[0-9]+", to):
+        raise click.ClickException("TO takes a number like +15557654321.")
+    if settings.allowed_callers and to not in settings.allowed_callers:
+        raise click.ClickException(f"{to} is not in ALLOWED_CALLERS: the line would hang up.")
+    address = this_app(address)
+    twilio = twilio_client()
+    own = own_number(twilio, number)
+    urls = {"url": f"{address}/", "fallback_url": f"{address}/talking", "status_callback": f"{address}/status_callback"}
+    call = ask(twilio.calls.create, to=to, from_=own.phone_number, **urls)  # for a call out, POST is the default
+    click.echo(f"{own.phone_number} is calling {to}: {call.sid}")
+
+
+class AsItComes(urllib.request.HTTPErrorProcessor):
+    """Takes any answer as it comes: no redirect is followed, and no status is an exception."""
+
+    def https_response(self, request, response):
+        return response
+
+
+def this_app(address):
+    """The address, without a slash at its end, once its /healthz has said that it is this app's."""
+    if not re.fullmatch(r"https://[A-Za-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9./~_%-]*)?", address):
+        raise click.ClickException("ADDRESS takes https://, a host and maybe a path, like https://my-line.example.com")
+    address = address.rstrip("/")
+    try:
+        # 10 seconds: Twilio wouldn't wait much longer.
+        with urllib.request.build_opener(AsItComes).open(f"{address}/healthz", timeout=10) as answer:
+            status, text, location = answer.status, answer.read(100), answer.headers["Location"]
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have that name
+        reason = getattr(error, "reason", type(error).__name__)
+        raise click.ClickException(f"{address} gives no answer: {reason}") from error
+    if location:
+        raise click.ClickException(f"{address} leads on to {location!a}: Twilio needs an address that answers itself.")
+    if status == 503:
+        raise click.ClickException(f"The app at {address} is not well: see its log.")
+    if status != 200 or not text.startswith(b"Voice Claude"):
+        raise click.ClickException(f"What answers at {address}/healthz (status {status}) is not this app.")
+    return address
+
+
+def twilio_client():
+    """Twilio's REST API, as the account that the environment names."""
+    needed = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN")
+    if missing := [name for name in needed if not getattr(settings, name.lower())]:
+        raise click.ClickException(f"Set {' and '.join(missing)}: https://console.twilio.com shows both.")
+    from twilio.http.http_client import TwilioHttpClient  # 27 MB, with all it needs: not for the line itself
+    from twilio.rest import Client
+
+    twilio = Client(settings.twilio_account_sid, settings.twilio_auth_token, http_client=TwilioHttpClient(timeout=5))
+    ask(twilio.api.account.fetch)  # says what is wrong with the credentials, where a list only says that it failed
+    return twilio
+
+
+def own_number(twilio, number):
+    """The line's own number: the one that was chosen, or the only one there is."""
+    numbers = ask(twilio.incoming_phone_numbers.list)
+    found = [one for one in numbers if number in (None, one.phone_number)]
+    if not found:
+        raise click.ClickException(f"The account has no number {number}." if number else "The account has no number.")
+    if len(found) > 1:
+        listed = "\n    ".join(one.phone_number for one in found)
+        raise click.ClickException(f"The account has several numbers: say which, with --number.\n    {listed}")
+    return found[0]
+
+
+def ask(method, /, **what):
+    """What Twilio's REST API answers, or why it doesn't."""
+    try:
+        return method(**what)
+    except TwilioRestException as error:
+        if error.status == 401:
+            raise click.ClickException("Twilio refuses TWILIO_ACCOUNT_SID with TWILIO_AUTH_TOKEN.") from error
+        # Not str(error): on a terminal that is many lines, in colours.
+        raise click.ClickException(f"Twilio says no: {error.msg} (error {error.code})") from error
+    except (TwilioException, OSError, ValueError) as error:  # OSError: the network; ValueError: what came isn't JSON
+        doubt = "; it may have done it all the same" if method.__name__ in ("update", "create") else ""
+        raise click.ClickException(f"Twilio gave no answer of use ({type(error).__name__}){doubt}.") from error

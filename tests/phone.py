@@ -295,12 +295,8 @@ class Phone:
             headers["Content-Type"] = "application/x-www-form-urlencoded; charset=UTF-8"
         if self.token is not None:
             headers["X-Twilio-Signature"] = sign(self.token, url, params if method == "POST" else {})
-        public, real = urlsplit(self.public_url), urlsplit(self.url)
-        to = urlsplit(url)
-        if (to.scheme, to.netloc) == (public.scheme, public.netloc):
-            if public != real:
-                headers["Host"] = public.netloc
-            to = to._replace(scheme=real.scheme, netloc=real.netloc)
+        headers["Host"] = urlsplit(url).netloc
+        to = urlsplit(url.replace(self.public_url, self.url, 1))
         connection_class = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
         connection = connection_class(to.hostname, to.port, timeout=TIMEOUT)
         with contextlib.closing(connection):

@@ -40,10 +40,14 @@ def test_signed_words_with_every_kind_of_character_pass_by_get(stage):
 
 @meanwhile
 def test_public_url_is_for_a_proxy_that_hides_the_address(stage):
-    with stage.other_app(PUBLIC_URL="https://hidden.example.com/") as app:
-        hidden = stage.phone(app, public_url="https://hidden.example.com", headers={"Host": "10.0.0.7", "Via": "1.1 x"})
+    with stage.other_app(PUBLIC_URL="https://hidden.example.com/line/") as app:
+        behind = {"Host": "10.0.0.7", "Via": "1.1 proxy"}
+        hidden = stage.phone(app, public_url="https://hidden.example.com/line", headers=behind)
         assert hidden.call() == "Hello, this is Claude speaking!"
         assert hidden.say("Hello?") == "You said: Hello?"
+        hidden.stay_silent()
+        assert hidden.say("Still?") == "You said: Still?"
+        assert {url.split("?")[0] for url, *_ in hidden.webhooks[1:]} == {"https://hidden.example.com/line/talking"}
 
 
 @pytest.mark.parametrize("path", ["/", "/talking", "/talking?turn=1", "/status_callback"])
