@@ -92,7 +92,7 @@ if not settings.twilio_auth_token:
 # What Twilio is to ask next: on the host it has just asked, and where PUBLIC_URL has a path, below that.
 TALKING = urlsplit(settings.public_url).path + "/talking"
 
-app = Flask(__name__)
+app = Flask(__name__, static_folder=None)
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # a minute of speech is 12 kB at most, in the longest encoding
 app.url_map.merge_slashes = False  # it answers // with a redirect, and Twilio loses what the caller said on the way
 # One proxy in front says how it was called: every platform has one. A client who lies about it gains nothing, as the
@@ -109,8 +109,8 @@ def only_twilio():
     Twilio signs its requests with the account's auth token
     (https://www.twilio.com/docs/usage/security#validating-requests).
     """
-    if request.endpoint == "healthz" or is_a_browser():
-        return None
+    if request.endpoint in (None, "healthz") or is_a_browser():
+        return None  # None: there is nothing at that address, and Flask will say so
     if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
         abort(415)
     if settings.twilio_auth_token:

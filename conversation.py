@@ -52,7 +52,7 @@ PATIENCE = 6.0  # before a webhook answers "one moment": Twilio waits 15, and a 
 GIVE_UP = 30.0  # for the next sentence: nobody waits longer, and "one moment" has been said four times by then
 STALLED = 10.0  # without a sign of life from a reply that has begun: its process or its stream is dead
 GLANCE = 0.05  # between two looks at a row that another process writes
-SIP = 0.25  # between two reads of a reply that has begun: see GrowingReply.sip
+SIP = 0.5  # between two reads of a reply while nobody waits for it: less than the shortest sentence takes to say
 PULSE = 1.0  # between two signs of life of a reply that is being written
 
 # A sentence that is shorter than this waits for the next one: it is spoken in under a second, and what follows must be
@@ -142,7 +142,7 @@ class Conversation:
         """
         until = time.monotonic() + PATIENCE
         growing = self.line.growing.get((self.call_sid, turn))
-        with growing.news if growing else contextlib.nullcontext():
+        with growing.awaited() if growing else contextlib.nullcontext():
             while reply := self.store.reply(self.call_sid, turn):
                 if reply.stop or len(reply.text) > heard or time.monotonic() > until:
                     return reply._replace(text=reply.text[heard:])
@@ -256,6 +256,7 @@ class GrowingReply:
     def __init__(self, store, call_sid, turn):
         self.store, self.call_sid, self.turn = store, call_sid, turn
         self.news = threading.Condition()  # for who waits in this process: looking every few milliseconds costs more
+        self.wanted = threading.Event()  # somebody waits
         self.pending = ""  # the beginning of a sentence
         self.began = self.last_sentence = self.last_write = self.last_event = time.monotonic()
         self.first_sentence_ms = self.request_id = None
@@ -296,15 +297,24 @@ class GrowingReply:
         self.pending = ""
         self._write("")
 
-    def sip(self):
-        """Let some more of the stream come in before it is read on.
+    @contextlib.contextmanager
+    def awaited(self):
+        """For a thread that waits for more: it holds ``news``, and the stream is read token by token meanwhile."""
+        self.wanted.set()
+        try:
+            with self.news:
+                yield
+        finally:
+            self.wanted.clear()
 
-        The caller is listening to the first sentence now, for a second at least. Reading each token as it comes would
-        wake this thread 60 times a second; reading what has gathered costs half as much, and nobody hears it.
+    def sip(self):
+        """Let some more of the stream come in before it is read on, if nobody waits for it.
+
+        The caller is listening to a sentence now, for a second at least. Taking in each token as it comes would wake
+        this thread 60 times a second, which costs more than all the rest of a turn.
         """
-        waited = time.monotonic() - self.last_event
-        if self.is_heard and waited > 0.002:  # or there is more that has gathered already
-            time.sleep(SIP)
+        if time.monotonic() - self.last_event > 0.002:  # or there is more that has gathered already
+            self.wanted.wait(SIP)
         self.last_event = time.monotonic()
 
     def end(self, stop):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 StoreError = sqlite3.Error  # the disk is full, read-only, locked, or holds something else
 
-LOCK_PATIENCE = 1.0  # seconds: no statement takes a thousandth of that, and Twilio is waiting for an answer
+LOCK_PATIENCE = 2.0  # seconds: no statement takes a thousandth of that, and Twilio is waiting for an answer
 A_DAY = 24 * 60 * 60  # seconds: no phone call is longer
 
 SCHEMA = """

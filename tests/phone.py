@@ -32,8 +32,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from urllib.parse import parse_qsl, quote_plus, urlencode, urljoin, urlsplit
 from xml.etree import ElementTree
 
@@ -407,13 +405,13 @@ class App:
         raise RuntimeError(f"the app did not start:\n{log}")
 
     def _answers(self):
-        try:
-            urllib.request.urlopen(self.url + "/", timeout=30).close()
-        except urllib.error.HTTPError:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            try:
+                connection.request("GET", "/")
+                connection.getresponse()
+            except (OSError, http.client.HTTPException):
+                return False
             return True
-        except OSError:
-            return False
-        return True
 
     def log(self):
         """What it has printed so far."""

@@ -101,6 +101,15 @@ def test_without_a_token_what_comes_from_elsewhere_is_refused(open_app, header):
     assert "set TWILIO_AUTH_TOKEN" in open_app.log()
 
 
+def test_what_is_not_there_is_404_without_a_word_in_the_log(stage, open_app):
+    for app in (stage.app, open_app):
+        before = len(app.log())
+        assert post(app, "/wp-login.php", {"CallSid": "CA1"}, PROXY)[0] == 404
+        assert post(app, "/static/app.py", {}, PROXY, "GET")[0] == 404
+        assert post(app, "/talking", {"CallSid": "CA1"}, PROXY, "PUT")[0] == 405
+        assert "wp-login" not in app.log()[before:]
+
+
 @meanwhile
 def test_an_empty_token_is_none(stage):
     with stage.other_app(TWILIO_AUTH_TOKEN="") as app:
