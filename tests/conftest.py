@@ -1,7 +1,8 @@
 """The stage for the tests: one app under gunicorn, with the pretend Claude behind it and the pretend Twilio in front.
 
 Tests that need other settings, or that kill the app, start one of their own. Those that mostly wait are marked with
-``@meanwhile``: they begin together, in threads, before the first test, and are looked at when their turn comes.
+``@meanwhile``: they begin together, in threads, before the first test, and are looked at when their turn comes. They
+have a stage to themselves, so that what Claude is asked in them disturbs nobody who counts.
 """
 
 import concurrent.futures
@@ -45,11 +46,11 @@ class Stage:
 
     Attributes:
         claude: the pretend Claude.
-        app: the app that all tests share.
+        app: the app that these tests share.
     """
 
-    def __init__(self, claude, app):
-        self.claude, self.app = claude, app
+    def __init__(self, claude):
+        self.claude, self.app = claude, None
 
     def settings(self, **more):
         """Environment variables for an app of one's own; None takes one away."""
@@ -69,16 +70,18 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def stage(request):
-    with Claude() as claude:
-        stage = Stage(claude, None)
-        # Of the request's tests only: ``pytest -k greeting`` waits for nothing.
-        asked = {item.name for item in request.session.items}
-        with stage.other_app() as app, concurrent.futures.ThreadPoolExecutor(32) as threads:
-            stage.app = app
+    # Of the tests that were asked for only: ``pytest -k greeting`` waits for nothing.
+    chosen = {item.name for item in request.session.items}
+    with Claude() as claude, Claude() as behind, concurrent.futures.ThreadPoolExecutor(64) as threads:
+        stage, backstage = Stage(claude), Stage(behind)
+        with stage.other_app() as stage.app, backstage.other_app() as backstage.app:
             for name, test in _waiting.items():
-                if name in asked:
-                    _waiting[name] = threads.submit(test, stage)
+                if name in chosen:
+                    _waiting[name] = threads.submit(test, backstage)
             yield stage
+            for test in _waiting.values():
+                if not callable(test):
+                    concurrent.futures.wait([test])  # before their app is taken away
 
 
 @pytest.fixture

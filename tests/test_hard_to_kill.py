@@ -1,5 +1,6 @@
 """What happens to a phone line on a real platform, and what the caller notices of it: next to nothing."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -15,7 +16,6 @@ import urllib.request
 
 import pytest
 
-from store import Store
 from tests.claude import Reply
 from tests.conftest import PROXY, meanwhile, wait_until
 from tests.phone import ROOT, Phone, parse
@@ -218,9 +218,8 @@ def test_a_status_that_is_the_end_forgets(stage, status):
     phone = stage.phone()
     phone.call(), phone.say("Remember the tarragon.")
     phone.hang_up(status)
-    with sqlite3.connect(stage.app.database) as database:
+    with contextlib.closing(sqlite3.connect(stage.app.database)) as database:
         assert database.execute("SELECT count(*) FROM turns WHERE call_sid = ?", [phone.call_sid]).fetchone() == (0,)
-    database.close()
 
 
 @meanwhile
@@ -241,15 +240,21 @@ def test_the_caller_hangs_up_in_mid_reply(stage):
         assert b"very many" not in everything_in(app)
 
 
-def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(tmp_path):
-    store = Store(str(tmp_path / "calls.db"))
-    store.begin("CAold", None, "Old words."), store.begin("CAnew", None, "New words.")
-    with sqlite3.connect(store.path) as database:
-        database.execute("UPDATE turns SET touched = touched - 86401 WHERE call_sid = 'CAold'")
-    database.close()
-    store.check()
-    assert store.history("CAold", 1, 9) == []
-    assert len(store.history("CAnew", 1, 9)) == 1
+@meanwhile
+def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(stage):
+    with stage.other_app() as app:
+        for occasion in ("the next call", "a look at its health"):
+            old, new, next_one = stage.phone(app), stage.phone(app), stage.phone(app)
+            old.call(), old.say("Old marmalade."), new.call(), new.say("New tarragon.")
+            with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as database:
+                database.execute("UPDATE turns SET touched = touched - 86401 WHERE call_sid = ?", [old.call_sid])
+            if occasion == "the next call":
+                next_one.call(), next_one.say("Hello?")
+            else:
+                healthz(app)
+            new.say("What did I say?"), old.say("And what did I say?")
+            assert stage.claude.asked("What did I say?")[-1].messages[0] == ("user", "New tarragon.")
+            assert len(stage.claude.asked("And what did I say?")[-1].messages) == 1
 
 
 # --- Disks ----------------------------------------------------------------------------------------------------------
@@ -361,10 +366,9 @@ def test_a_long_call_costs_no_more_at_its_end(stage):
         jumps = sum(messages[0] != later[0] or later[: len(messages)] != messages for messages, later in zip(requests, requests[1:]))
         assert jumps < 8, "between two jumps it only grows at its end, as prompt caching needs"
         assert ("user", "This is turn 149.") in requests[-1]
-        database = sqlite3.connect(app.database)
-        plan = database.execute(
-            "EXPLAIN QUERY PLAN SELECT words FROM turns WHERE call_sid = 'x' AND turn BETWEEN 1 AND 9").fetchall()
-        database.close()
+        with contextlib.closing(sqlite3.connect(app.database)) as database:
+            history = "SELECT words FROM turns WHERE call_sid = 'x' AND turn BETWEEN 1 AND 9"
+            plan = database.execute(f"EXPLAIN QUERY PLAN {history}").fetchall()
         assert "SEARCH" in plan[0][3], "earlier turns are found, not searched for"
 
 
@@ -373,7 +377,7 @@ def test_the_callers_words_are_data(stage, claude):
     phone = stage.phone()
     phone.call()
     heard = phone.say(evil)
-    request = claude.requests[-1]
+    (request,) = claude.asked(evil)
     assert request.messages == [("user", evil)], "as the caller's words, and nothing else"
     assert request.body["system"] == stage.claude.requests[0].body["system"]
     assert not phone.ended and stage.app.environ["TWILIO_AUTH_TOKEN"] not in heard
