@@ -176,7 +176,10 @@ class Store:
         with contextlib.suppress(OSError):  # where it can't be made, SQLite will say so
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         connection = sqlite3.connect(
-            self.path, timeout=LOCK_PATIENCE, isolation_level=None, check_same_thread=False, cached_statements=32
+            self.path,
+            timeout=LOCK_PATIENCE,
+            isolation_level=None,  # a transaction begins where a BEGIN says so, and nowhere else
+            check_same_thread=False,  # it is lent to one thread after the other
         )
         try:
             connection.execute("PRAGMA secure_delete = ON")  # forgotten words are overwritten, not only unlinked
