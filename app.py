@@ -1,13 +1,16 @@
-"""Hello, this is Claude speaking: the phone line. What the Worker was.
+"""Hello, this is Claude speaking: the phone line.
 
 Twilio asks these URLs what to do with a call, and is answered in TwiML (https://www.twilio.com/docs/voice/twiml):
 
     /                  a call comes in: greet, and listen
-    /talking           the caller said something, pressed a key or was silent; or the rest of a reply is due
+    /talking           the caller spoke, pressed a key or was silent; or the rest of a reply is due; or Twilio got no
+                       good answer from one of these URLs, and falls back here with an ErrorCode
     /status_callback   the call is over
 
 Who may call is decided first. After that the answer is always TwiML, whatever goes wrong: anything else, and the caller
 hears "an application error has occurred".
+
+The commands ``flask connect`` and ``flask ring`` are at the end: no call needs them.
 """
 
 import http.client
@@ -44,26 +47,26 @@ class Settings:
             return value
 
         self.anthropic_api_key = setting("ANTHROPIC_API_KEY", "", "the key as Anthropic shows it", r"[!-~]+")
-        sid = "AC and 32 hexadecimal digits"
-        self.twilio_account_sid = setting("TWILIO_ACCOUNT_SID", "", sid, r"AC[0-9a-fA-F]{32}")
+        takes = "AC and 32 hexadecimal digits"
+        self.twilio_account_sid = setting("TWILIO_ACCOUNT_SID", "", takes, r"AC[0-9a-fA-F]{32}")
         self.twilio_auth_token = setting("TWILIO_AUTH_TOKEN", "")
-        address = "an address like https://my-line.example.com"
-        self.public_url = setting("PUBLIC_URL", "", address, r"https?://[^\s/?#]+[^\s?#]*").rstrip("/")
+        takes = "an address like https://my-line.example.com"
+        self.public_url = setting("PUBLIC_URL", "", takes, r"https?://[^\s/?#]+[^\s?#]*").rstrip("/")
         self.claude_model = setting("CLAUDE_MODEL", "claude-haiku-5-5", "the name of a model", r"\S+")
         # Some models refuse any effort: empty is a value of its own here.
-        efforts = "low, medium, high, xhigh or max, or nothing"
-        no_effort = "" if "CLAUDE_EFFORT" in environ else "low"
-        self.claude_effort = setting("CLAUDE_EFFORT", no_effort, efforts, r"low|medium|high|xhigh|max")
+        takes = "low, medium, high, xhigh or max, or nothing"
+        default = "" if "CLAUDE_EFFORT" in environ else "low"
+        self.claude_effort = setting("CLAUDE_EFFORT", default, takes, r"low|medium|high|xhigh|max")
         self.system_prompt = setting("SYSTEM_PROMPT", conversation.SYSTEM_PROMPT)
         self.greeting = setting("GREETING", "Hello, this is Claude speaking!")
         self.voice = setting("VOICE", "", "a voice of Twilio's, like Polly.Amy-Neural", r"[\w.-]+")
         self.language = setting("LANGUAGE", "", "a language, like en-GB", r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
-        numbers = "numbers like +15551234567, separated by commas"
-        numbers = setting("ALLOWED_CALLERS", "", numbers, r"\+[\d ().-]+(\s*,\s*\+[\d ().-]+)*,?")
-        self.allowed_callers = set(re.sub(r"[^\d+,]", "", numbers).strip(",").split(",")) - {""}
+        takes = "numbers like +15551234567, separated by commas"
+        numbers = setting("ALLOWED_CALLERS", "", takes, r"\+[\d ().-]+(\s*,\s*\+[\d ().-]+)*,?")
+        self.allowed_callers = set(re.findall(r"\+\d*", re.sub(r"[^\d+]", "", numbers)))
         self.max_turns = int(setting("MAX_TURNS", "100", "a whole number, 1 or more", r"0*[1-9]\d{0,8}"))
-        file = "sqlite:/// and the path of a file: no other database is used"
-        self.database = setting("DATABASE_URL", "sqlite:///calls.db", file, r"sqlite:///.+").removeprefix("sqlite:///")
+        takes = "sqlite:/// and the path of a file: no other database is used"
+        self.database = setting("DATABASE_URL", "sqlite:///calls.db", takes, r"sqlite:///.+").removeprefix("sqlite:///")
 
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -78,7 +81,7 @@ except ValueError as error:
 
 line = Line(
     store=Store(settings.database),
-    claude=conversation.connect(settings.anthropic_api_key) if settings.anthropic_api_key else None,
+    claude=conversation.claude_client(settings.anthropic_api_key) if settings.anthropic_api_key else None,
     model=settings.claude_model,
     effort=settings.claude_effort,
     system_prompt=settings.system_prompt,
@@ -109,8 +112,9 @@ def only_twilio():
     Twilio signs its requests with the account's auth token
     (https://www.twilio.com/docs/usage/security#validating-requests).
     """
+    # No endpoint: there is nothing at that address, and Flask will say so.
     if request.endpoint in (None, "healthz") or is_a_browser():
-        return None  # None: there is nothing at that address, and Flask will say so
+        return None
     if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
         abort(415)
     if settings.twilio_auth_token:
@@ -126,8 +130,10 @@ def only_twilio():
     if settings.allowed_callers and other_party() not in settings.allowed_callers:
         log.info("call %s: ...%s is not in ALLOWED_CALLERS", request.values["CallSid"], other_party()[-3:])
         response = VoiceResponse()
-        # A call that is rejected isn't answered, and costs nothing; later it is too late for that.
-        response.reject() if request.endpoint == "call_comes_in" else response.hangup()
+        if request.endpoint == "call_comes_in":
+            response.reject()  # the call isn't answered, and costs nothing
+        else:
+            response.hangup()  # it is too late for that
         return twiml(response)
     return None
 
@@ -160,17 +166,17 @@ def other_party():
 # --- The call -------------------------------------------------------------------------------------------------------
 
 # What the line says in its own name. None of it is ever kept, or sent to Claude, as if Claude had said it.
-ARE_YOU_THERE = ["Are you still there?", "I'm listening, whenever you like to say something."]
+ARE_YOU_THERE = ["Are you still there?", "I'm listening, whenever you're ready."]
 NOBODY_THERE = "I can't hear anyone, so I'll hang up now. Call again any time. Goodbye!"
-ONE_MOMENT = ["One moment.", "I'm still thinking about that.", "It takes a little longer."]
+ONE_MOMENT = ["One moment.", "I'm still thinking about that.", "This is taking a little longer."]
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
 NO_ANSWER = "I don't know what to say to that. Could you put it another way?"
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
-# How a reply ended, and what is to be added to it. Whatever isn't here is trouble, and gets SORRY.
+# What is added to a reply, by how it ended. A ``stop`` that is in neither table is trouble, and gets SORRY.
 ADD = {
     "end_turn": "",
     "stop_sequence": "",
-    "max_tokens": "There would be more to say about that. Shall I go on?",
+    "max_tokens": "There's more to say about that. Shall I go on?",
     "refusal": "I can't help with that. What else can I do for you?",
 }
 GOODBYE = {
@@ -191,26 +197,39 @@ def call_comes_in():
 def talking():
     """One step of the conversation: what the caller said, or the rest of a reply, or silence."""
     talk = Conversation(request.values["CallSid"], line)
-    turn, heard = number("turn"), number("heard")
+    turn, heard = count("turn"), count("heard")
     if error := request.values.get("ErrorCode"):
         log.error("call %s: Twilio fell back here after its error %s", talk.call_sid, error)
         return listen(SORRY)
     if not turn:
         words = what_was_said()
         if not words:
-            return silence(number("silences") or 1)
+            return silence(count("silences") or 1)
         if not line.claude:
             return listen(f"{NO_KEY} {words}")
+        # No turn if the call is over: nobody hears what is answered then.
         turn = talk.speak(words, request.headers.get("I-Twilio-Idempotency-Token"))
-    return speak(turn, heard, talk.listen(turn, heard))
+    return say_reply(turn, heard, talk.listen(turn, heard), count("waited"))
 
 
 @app.post("/status_callback")
 def status_callback():
-    """The call is over: forget it. Twilio asks this once, and not always: after a day it is forgotten anyway."""
+    """The call is over: forget it. Twilio reports the end once, and not always: after a day it is forgotten anyway."""
     if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
         Conversation(request.values["CallSid"], line).forget()
     return "", 204
+
+
+@app.errorhandler(Exception)
+def apologise(error):
+    """Whatever went wrong above, the caller is told so, and can go on."""
+    if isinstance(error, HTTPException):
+        return error  # a stranger's request, or a browser's
+    if isinstance(error, StoreError):
+        log.error("the database failed: %s", error)
+    else:
+        log.exception("unexpected")
+    return listen(SORRY)
 
 
 def what_was_said():
@@ -221,21 +240,22 @@ def what_was_said():
     return words
 
 
-def number(name):
-    """A count that a URL of our own carries; 0 where it isn't there, or isn't one."""
+def count(name):
+    """A count from the query of one of our own URLs; 0 where it isn't there, or isn't a number."""
     return min(max(0, request.args.get(name, 0, type=int)), 10**9)  # SQLite's integers end somewhere
 
 
 # --- What the caller hears ------------------------------------------------------------------------------------------
 
-# One <Say> takes 3000 characters (Polly's limit, https://www.twilio.com/docs/voice/twiml/say), and 4500 bytes once they
-# are URL-encoded: 12 each, at worst. So much of the text at a time, up to the end of a sentence or at least of a word.
+# One <Say> takes 3000 characters, and 4500 once they are URL-encoded (https://www.twilio.com/docs/voice/twiml/say):
+# that makes 12 of one character at worst, so a piece has 375. It ends with a sentence, or at least with a word.
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
-# One document takes 64 kB: this much text, and five bytes for each character of it ("&amp;"), with its tags, fit well.
-LONGEST = 8000
+# One document takes 64 kB. 8000 characters of 5 bytes ("&amp;") are 40 kB, which leaves room for the tags.
+LONGEST_ANSWER = 8000
 
 
 def twiml(response):
+    """The answer to Twilio. It is never to be kept: the same words may get another answer."""
     return app.response_class(str(response), mimetype="text/xml", headers={"Cache-Control": "no-store"})
 
 
@@ -247,7 +267,12 @@ def say(verb, text):
 
 
 def listen(text, silences=0):
-    """Say something, and let the caller speak or press a key, already while it is said."""
+    """Say something, and let the caller speak or press a key, already while it is said.
+
+    Args:
+        text: what is said; it may be empty.
+        silences: how often in a row nobody has spoken.
+    """
     response = VoiceResponse()
     gather = response.gather(
         input="speech dtmf",
@@ -280,18 +305,23 @@ def goodbye(text):
     return twiml(response)
 
 
-def speak(turn, heard, reply):
+def say_reply(turn, heard, reply, waited):
     """Say what there is of a reply; then come back for the rest, or listen.
 
-    What is said before the rest is there stands outside of <Gather>, behind which Twilio would wait for the caller first.
-    So only the last part of a reply can be cut in on: mostly, all of it but the first sentence.
+    Only the last part stands in a <Gather>, so only there can the caller cut in: after a <Gather> Twilio would wait for
+    the caller before it came back for the rest. Mostly the last part is all but the first sentence.
+
+    Args:
+        turn: the number of the turn.
+        heard: how many characters of the reply have been said before.
+        reply: the rest of it, as far as it has come.
+        waited: how often in a row there was nothing new to say.
     """
-    text, rest = reply.text[:LONGEST], reply.text[LONGEST:]
+    text, rest = reply.text[:LONGEST_ANSWER], reply.text[LONGEST_ANSWER:]
     if rest or not reply.stop:
-        waited = number("waited")
         response = VoiceResponse()
         say(response, text or ONE_MOMENT[waited % len(ONE_MOMENT)])
-        waited = 0 if text else (waited + 1) % len(ONE_MOMENT)
+        waited = 0 if text else waited + 1
         response.redirect(f"{TALKING}?turn={turn}&heard={heard + len(text)}&waited={waited}", method="POST")
         return twiml(response)
     if reply.stop in GOODBYE:
@@ -328,18 +358,6 @@ def page():
     if not line.claude:
         text += "\nANTHROPIC_API_KEY is not set yet: until it is, the line repeats what it hears.\n"
     return app.response_class(text, mimetype="text/plain")
-
-
-@app.errorhandler(Exception)
-def apologise(error):
-    """Whatever went wrong, the caller is told so, and can go on."""
-    if isinstance(error, HTTPException):
-        return error  # a stranger's request, or a browser's
-    if isinstance(error, StoreError):
-        log.error("the database failed: %s", error)
-    else:
-        log.exception("unexpected")
-    return listen(SORRY)
 
 
 # --- flask connect, flask ring ----------------------------------------------------------------------------------------
@@ -432,7 +450,8 @@ def twilio_client():
     from twilio.http.http_client import TwilioHttpClient  # 27 MB, with all it needs: not for the line itself
     from twilio.rest import Client
 
-    twilio = Client(settings.twilio_account_sid, settings.twilio_auth_token, http_client=TwilioHttpClient(timeout=5))
+    patient = TwilioHttpClient(timeout=5)  # seconds: it answers in one, and by default it would be waited for for ever
+    twilio = Client(settings.twilio_account_sid, settings.twilio_auth_token, http_client=patient)
     ask(twilio.api.account.fetch)  # says what is wrong with the credentials, where a list only says that it failed
     return twilio
 

@@ -1,10 +1,10 @@
-"""One call's talk with Claude: what the Durable Object was.
+"""One caller's talk with Claude.
 
     turn = Conversation(call_sid, line).speak("Hello?")     # Claude begins to answer, in a thread
-    reply = Conversation(call_sid, line).listen(turn)       # what there is to say so far
+    reply = Conversation(call_sid, line).listen(turn)       # what there is of the answer so far
 
-Nothing is kept in the object. The reply is a row in the store, which the thread lengthens by whole sentences, so
-``listen`` may be asked in another process, or after a restart.
+Nothing is kept in the object. The reply is a row in the store, to which the thread adds whole sentences, so ``listen``
+works in another process, too, and after a restart.
 """
 
 import contextlib
@@ -55,40 +55,35 @@ GLANCE = 0.05  # between two looks at a row that another process writes
 SIP = 0.5  # between two reads of a reply while nobody waits for it: less than the shortest sentence takes to say
 PULSE = 1.0  # between two signs of life of a reply that is being written
 
-# A sentence that is shorter than this waits for the next one: it is spoken in under a second, and what follows must be
-# there by then. 12 characters are "Well, hello."
-SHORT = 12
-# Who writes 300 characters without a full stop is cut off at a word: that is twenty seconds of talk.
-LONG = 300
-
 # Tokens that were read from the cache, or written to it, aren't in ``input_tokens``.
 INPUT_TOKENS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
-# What Claude is sent begins at a multiple of this many turns, and holds at most twice as many: between two such jumps
-# it only grows at its end, as prompt caching needs.
+# What Claude is sent begins just after a multiple of this many turns, and holds at most twice as many. Between two such
+# jumps it only grows at its end, as prompt caching needs. 20 turns are five minutes' talk, not to be forgotten yet.
 HISTORY_STEP = 20
 
 
 @dataclass(frozen=True)
 class Line:
-    """What all calls share: the Worker's ``env``."""
+    """What all calls share."""
 
     store: Store
     claude: anthropic.Anthropic | None  # None: there is no key
     model: str
-    effort: str
+    effort: str  # empty: none is sent, as some models refuse it
     system_prompt: str
-    max_turns: int
+    max_turns: int  # so many times Claude answers in one call
     growing: dict = field(default_factory=dict)  # the replies that this process is writing, by call and turn
 
 
-def connect(api_key):
+def claude_client(api_key):
     """The one client of this process. It opens its connections when they are needed, and keeps them."""
     return anthropic.Anthropic(
         api_key=api_key,
-        timeout=httpx2.Timeout(GIVE_UP, connect=5.0),
+        timeout=httpx2.Timeout(GIVE_UP, connect=5.0),  # 5 s, so that there is time to try again within PATIENCE
         max_retries=0,  # the SDK's own would wait for as long as a ``retry-after`` says
-        # Between two turns a caller listens and speaks: longer than the 5 s for which a connection is kept by default.
+        # Between two turns the caller listens and speaks. A connection would be closed after 5 s, and a new one costs
+        # 100 ms; two minutes outlast any turn. The other two numbers are the SDK's own.
         http_client=anthropic.DefaultHttpxClient(
             limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=120.0)
         ),
@@ -96,7 +91,7 @@ def connect(api_key):
 
 
 class Conversation:
-    """The talk between one caller and Claude.
+    """The talk between one caller and Claude, from the caller's side, who speaks and listens.
 
     Args:
         call_sid: Twilio's name for the call. Two calls share nothing.
@@ -124,9 +119,9 @@ class Conversation:
         if is_new and turn > self.line.max_turns:
             self.store.grow(self.call_sid, turn, "", stop="max_turns")
         elif is_new:
-            reply = self.line.growing[self.call_sid, turn] = GrowingReply(self.store, self.call_sid, turn)
+            growing = self.line.growing[self.call_sid, turn] = GrowingReply(self.store, self.call_sid, turn)
             # Not a daemon thread: a process that is told to stop ends its replies first, for its successor to find.
-            threading.Thread(target=self._answer, args=[turn, words, reply]).start()
+            threading.Thread(target=self._answer, args=[words, growing]).start()
         return turn
 
     def listen(self, turn, heard=0):
@@ -137,8 +132,8 @@ class Conversation:
             heard: how many characters of the reply have been said already.
 
         Returns:
-            A Reply with what wasn't heard yet. Its ``stop`` is None if there may be more to come: then an empty text
-            means that Claude is still thinking. It is "lost" for a turn that isn't there.
+            A Reply with what wasn't heard yet. Its ``stop`` is None if there may be more to come; then an empty text
+            means that Claude is still thinking. For a turn that isn't there its ``stop`` is "lost".
         """
         until = time.monotonic() + PATIENCE
         growing = self.line.growing.get((self.call_sid, turn))
@@ -146,6 +141,7 @@ class Conversation:
             while reply := self.store.reply(self.call_sid, turn):
                 if reply.stop or len(reply.text) > heard or time.monotonic() > until:
                     return reply._replace(text=reply.text[heard:])
+                # Later by a PULSE: whoever writes it gives up first, if he still can, and says why.
                 if time.time() - reply.touched > (STALLED if reply.text else GIVE_UP + PULSE):
                     self.store.grow(self.call_sid, turn, "", stop="stalled")
                 elif growing:
@@ -155,48 +151,54 @@ class Conversation:
         return Reply("", "lost", 0.0)
 
     def forget(self):
-        """The call is over."""
+        """The call is over: delete what was said. What comes late is not kept."""
         self.store.forget(self.call_sid)
 
-    def _answer(self, turn, words, reply):
-        """Let Claude write the reply of this turn. Runs in a thread: how it went is in the row, and in the log."""
+    def _answer(self, words, growing):
+        """Let Claude write a reply. Runs in a thread: how it went is in the row, and in the log."""
         try:
-            stop = self._ask_until_answered(self._messages(turn, words), reply)
+            stop = self._ask_until_answered(self._messages(growing.turn, words), growing)
         except CallerGone:
             stop = "no longer wanted"
         except EXPECTED as error:
             stop = describe(error)
         except Exception as error:
             # The outermost frame of a thread, and a caller who is waiting: whatever it was, the reply has to end.
-            log.exception("call %s turn %d", self.call_sid, turn)
+            log.exception("call %s turn %d", self.call_sid, growing.turn)
             stop = describe(error)
         try:
-            reply.end(stop)
+            growing.end(stop)
         except StoreError as error:
             stop = f"{stop}, and the database failed: {error}"
-        del self.line.growing[self.call_sid, turn]
+        del self.line.growing[self.call_sid, growing.turn]
         log.info(
             "call %s turn %d: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
-            *(self.call_sid, turn, reply.first_sentence_ms, reply.age() * 1000),
-            *(reply.tokens_in, reply.tokens_out, stop, reply.request_id),
+            self.call_sid,
+            growing.turn,
+            growing.first_sentence_ms,
+            growing.age() * 1000,
+            growing.tokens_in,
+            growing.tokens_out,
+            stop,
+            growing.request_id,
         )
 
-    def _ask_until_answered(self, messages, reply):
-        """Ask Claude, and ask again while that may help, nothing was said yet, and the caller hasn't noticed."""
+    def _ask_until_answered(self, messages, growing):
+        """Ask Claude. If that fails before anything was said, and soon enough to go unnoticed, ask again."""
         for attempt in itertools.count():
             try:
-                return self._ask(messages, reply)
+                return self._ask(messages, growing)
             except EXPECTED as error:
-                reply.request_id = getattr(error, "request_id", None) or reply.request_id
+                growing.request_id = getattr(error, "request_id", None) or growing.request_id
                 pause = pause_after(error, attempt)
-                if pause is None or reply.is_heard or reply.age() + pause > PATIENCE:
+                if pause is None or growing.is_heard or growing.age() + pause > PATIENCE:
                     raise
-                told = (self.call_sid, reply.turn, describe(error), reply.request_id)
-                log.info("call %s turn %d: %s, request %s, asking again", *told)
+                why = f"{describe(error)}, request {growing.request_id}"
+                log.info("call %s turn %d: %s, asking again", self.call_sid, growing.turn, why)
                 time.sleep(pause)
-                reply.begin_again()
+                growing.begin_again()
 
-    def _ask(self, messages, reply):
+    def _ask(self, messages, growing):
         """Send Claude the messages, and let the reply grow as the answer comes in.
 
         Returns:
@@ -214,7 +216,7 @@ class Conversation:
             request["output_config"] = {"effort": self.line.effort}
         stop = hang_up = None
         with self.line.claude.messages.with_streaming_response.create(stream=True, **request) as response:
-            reply.request_id = response.request_id
+            growing.request_id = response.request_id
             # As plain dictionaries: the SDK's own event objects cost more than the rest of the turn.
             for event in response.parse(to=anthropic.Stream[object]):
                 text = ""
@@ -223,12 +225,12 @@ class Conversation:
                 elif event["type"] == "content_block_delta":
                     text = event["delta"].get("text", "")  # thinking and a tool's arguments have none
                 elif event["type"] == "message_start":
-                    reply.tokens_in = sum(event["message"]["usage"].get(kind) or 0 for kind in INPUT_TOKENS)
+                    growing.tokens_in = sum(event["message"]["usage"].get(kind) or 0 for kind in INPUT_TOKENS)
                 elif event["type"] == "message_delta":
                     stop = event["delta"]["stop_reason"]
-                    reply.tokens_out = event["usage"]["output_tokens"]
-                reply.add(text)
-                reply.sip()
+                    growing.tokens_out = event["usage"]["output_tokens"]
+                growing.add(text)
+                growing.sip()
         if stop is None:
             raise EOFError("the stream ended before the reply did")
         return "hang_up" if hang_up else stop
@@ -237,12 +239,12 @@ class Conversation:
         """What Claude is sent: the turns of this call in order, nothing empty, and the caller's words last."""
         first = max(0, (turn - 1) // HISTORY_STEP - 1) * HISTORY_STEP + 1
         messages = []
-        for earlier, reply, stop in self.store.history(self.call_sid, first, turn - 1):
+        for earlier, answer, stop in self.store.history(self.call_sid, first, turn - 1):
             if stop == "refusal":
                 continue  # or Claude would go on refusing what comes after it
             messages.append({"role": "user", "content": earlier})
-            if reply:
-                messages.append({"role": "assistant", "content": reply.strip()})
+            if answer:
+                messages.append({"role": "assistant", "content": answer.strip()})
         return [*messages, {"role": "user", "content": words}]
 
 
@@ -250,13 +252,28 @@ class CallerGone(Exception):
     """Nobody waits for this reply any more: the call is over, or has gone on to something else."""
 
 
+# The end of a sentence: its full stop with what closes after it, and white space; or a full stop of the scripts that
+# put no space after it; or the end of a line. Not after "Mr." and the like, nor after an initial.
+SENTENCE_END = re.compile(
+    r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
+    [.!?…][.!?…"'”’)\]*_]*(?=\s) | [。！？।؟] | \n""",
+    re.VERBOSE,
+)
+
+# A sentence that is shorter than this waits for the next one: it is spoken in under a second, and what follows must be
+# there by then. 12 characters are "Well, hello."
+SHORTEST_SENTENCE = 12
+# After so many characters without a full stop the cut is made at a word: that is twenty seconds of talk.
+LONGEST_SENTENCE = 300
+
+
 class GrowingReply:
-    """The row of one reply, as the thread sees it that writes it."""
+    """One reply, in the thread that writes it. The text is in the row; here is what doesn't have to last."""
 
     def __init__(self, store, call_sid, turn):
         self.store, self.call_sid, self.turn = store, call_sid, turn
-        self.news = threading.Condition()  # for who waits in this process: looking every few milliseconds costs more
-        self.wanted = threading.Event()  # somebody waits
+        self.news = threading.Condition()  # wakes who waits in this process: cheaper than looking at the row
+        self.wanted = threading.Event()  # set while somebody waits
         self.pending = ""  # the beginning of a sentence
         self.began = self.last_sentence = self.last_write = self.last_event = time.monotonic()
         self.first_sentence_ms = self.request_id = None
@@ -281,9 +298,9 @@ class GrowingReply:
         self.pending += text
         now = time.monotonic()
         end = max((sentence.end() for sentence in SENTENCE_END.finditer(self.pending)), default=0)
-        if len(self.pending) - end > LONG:
+        if len(self.pending) - end > LONGEST_SENTENCE:
             end = self.pending.rfind(" ", end) + 1 or len(self.pending)
-        if end >= SHORT:
+        if end >= SHORTEST_SENTENCE:
             self._write(self.pending[:end])
             self.pending = self.pending[end:]
             self.last_sentence = now
@@ -299,7 +316,7 @@ class GrowingReply:
 
     @contextlib.contextmanager
     def awaited(self):
-        """For a thread that waits for more: it holds ``news``, and the stream is read token by token meanwhile."""
+        """Hold ``news`` while a caller waits; meanwhile the stream is read token by token."""
         self.wanted.set()
         try:
             with self.news:
@@ -308,17 +325,18 @@ class GrowingReply:
             self.wanted.clear()
 
     def sip(self):
-        """Let some more of the stream come in before it is read on, if nobody waits for it.
+        """If nobody waits, pause, so that tokens gather and are taken in together.
 
-        The caller is listening to a sentence now, for a second at least. Taking in each token as it comes would wake
+        The caller is listening to a sentence then, for a second at least. Taking in each token as it comes would wake
         this thread 60 times a second, which costs more than all the rest of a turn.
         """
-        if time.monotonic() - self.last_event > 0.002:  # or there is more that has gathered already
+        # The last event had to be waited for: had any gathered, it would have been there within 2 ms.
+        if time.monotonic() - self.last_event > 0.002:
             self.wanted.wait(SIP)
         self.last_event = time.monotonic()
 
     def end(self, stop):
-        """Write down the rest, and how the reply ended."""
+        """Write down the rest, and how the reply ended. Raises StoreError if that can't be done."""
         with contextlib.suppress(CallerGone):
             self._write(self.pending, stop)
 
@@ -348,7 +366,7 @@ def pause_after(error, attempt):
             return max(0.0, float(error.response.headers.get("retry-after", "")))
     elif not isinstance(error, (anthropic.APIConnectionError, httpx2.TransportError)):
         return None
-    return 0.5 * 2**attempt
+    return 0.5 * 2**attempt  # half a second, as in the SDK, and four tries fit into PATIENCE
 
 
 def describe(error):
@@ -357,14 +375,6 @@ def describe(error):
         return f"{type(error).__name__} {error.status_code} {error.type}"
     return type(error).__name__
 
-
-# The end of a sentence: its full stop with what closes after it, and white space; or a full stop of the scripts that
-# put no space after it; or the end of a line. Not after "Mr." and the like, nor after an initial.
-SENTENCE_END = re.compile(
-    r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
-    [.!?…][.!?…"'”’)\]*_]*(?=\s) | [。！？।؟] | \n""",
-    re.VERBOSE,
-)
 
 # What a voice would read out as noise, and what is left of it, in this order.
 UNSPEAKABLE = [

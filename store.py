@@ -1,4 +1,4 @@
-"""What is said on the phone, for as long as the call lasts: the Durable Object's storage, in one SQLite file.
+"""What is said on the phone, for as long as the call lasts, in one SQLite file.
 
 A row is a turn: what the caller said, and a reply that grows, sentence by sentence, while Claude writes it. Whoever
 holds the file holds the call, so any process can go on where another one stopped.
@@ -35,7 +35,14 @@ CREATE TABLE IF NOT EXISTS ended (      -- calls that are over: what comes late 
 
 
 class Reply(NamedTuple):
-    """How far a reply has come."""
+    """How far a reply has come.
+
+    Attributes:
+        text: what may be spoken.
+        stop: None while it grows. Then Claude's ``stop_reason``; or "hang_up", if Claude used that tool; "max_turns";
+            "overtaken", as the caller said something new; "stalled"; "lost", if there is no such turn; or an error.
+        touched: when the row last changed, in Unix seconds.
+    """
 
     text: str
     stop: str | None
@@ -62,12 +69,15 @@ class Store:
         A reply of this call that is still growing is stopped: the caller talks about something else now.
 
         Args:
-            delivery: Twilio's ``I-Twilio-Idempotency-Token``, or None where there is none.
+            call_sid: the call.
+            delivery: Twilio's ``I-Twilio-Idempotency-Token``. Without one (None) every request is a new turn.
+            words: what the caller said.
 
         Returns:
             (turn, is_new): not new when this delivery was seen before. (None, False) when the call is over.
         """
         with self._connection() as database:
+            # At once the only one to write: of two deliveries of the same words, one has to find the other's turn.
             database.execute("BEGIN IMMEDIATE")
             if database.execute("SELECT 1 FROM ended WHERE call_sid = ?", [call_sid]).fetchone():
                 return None, False
@@ -97,11 +107,15 @@ class Store:
             ).fetchall()
 
     def grow(self, call_sid, turn, text, stop=None):
-        """Add to a reply, and end it if ``stop`` says how.
+        """Add to a reply, and perhaps end it.
+
+        Args:
+            text: what is added; it may be empty, as a sign of life.
+            stop: how the reply ended, or None if it goes on.
 
         Returns:
-            Whether the reply was still growing. If not (the call is over, or was forgotten), nothing is written, and
-            whoever is writing it should stop.
+            Whether the reply was still growing. If not (the caller went on, or the call is over), nothing is written,
+            and whoever writes it should stop.
         """
         with self._connection() as database:
             return 1 == database.execute(
@@ -129,12 +143,12 @@ class Store:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def check(self):
-        """Write and read as a call does, on a connection of its own."""
+        """Forget what is old, then write and read. On a new connection, as that one notices when the disk is gone."""
         with contextlib.closing(self._open()) as database:
             self._forget_old(database)
             # Something must be written, or a full disk would pass: the end of a call that never was.
             database.execute("INSERT OR REPLACE INTO ended VALUES ('check', ?)", [time.time()])
-            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()  # 1: the first fault is enough
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
 
@@ -158,16 +172,18 @@ class Store:
 
     def _borrow(self):
         """An idle connection to the file that is there now, or a new one, and which file that is."""
-        with contextlib.suppress(IndexError):
-            while True:
+        while True:
+            try:
                 connection, file = self._idle.pop()  # no two threads get the same one
-                if file == self._which_file():
-                    return connection, file
-                connection.close()  # to a file that was deleted or replaced: others would not see what is written there
-        connection = self._open()
-        return connection, self._which_file()
+            except IndexError:
+                connection = self._open()
+                return connection, self._which_file()
+            if file == self._which_file():
+                return connection, file
+            connection.close()  # its file was deleted or replaced: others would not see what is written there
 
     def _which_file(self):
+        """Device and inode of the file, or None if it isn't there."""
         with contextlib.suppress(OSError):
             found = os.stat(self.path)
             return found.st_dev, found.st_ino

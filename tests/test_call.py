@@ -100,7 +100,7 @@ def test_an_answer_that_takes_twenty_seconds_is_heard_in_full(stage):
     phone = stage.phone()
     phone.call()
     heard = phone.say("What is the answer?")
-    assert heard == "One moment. I'm still thinking about that. It takes a little longer. After long thought: forty-two."
+    assert heard == "One moment. I'm still thinking about that. This is taking a little longer. After long thought: forty-two."
     assert max(seconds for _, _, seconds, _ in phone.webhooks) < 10
     assert phone.say("Thank you.") == "You said: Thank you."
 

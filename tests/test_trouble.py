@@ -29,7 +29,7 @@ TROUBLE = {
     "only white space": (Reply(" \n "), "I don't know what to say to that. Could you put it another way?", r"end_turn, req"),
     "cut off by max_tokens": (
         Reply(BEGUN, stop="max_tokens"),
-        f"{BEGUN} There would be more to say about that. Shall I go on?",
+        f"{BEGUN} There's more to say about that. Shall I go on?",
         r"max_tokens, request req_pretend_\d+",
     ),
 }
