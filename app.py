@@ -51,22 +51,23 @@ class Settings:
         self.twilio_account_sid = setting("TWILIO_ACCOUNT_SID", "", takes, r"AC[0-9a-fA-F]{32}")
         self.twilio_auth_token = setting("TWILIO_AUTH_TOKEN", "")
         takes = "an address like https://my-line.example.com"
-        self.public_url = setting("PUBLIC_URL", "", takes, r"https?://[^\s/?#]+[^\s?#]*").rstrip("/")
+        self.public_url = setting("PUBLIC_URL", "", takes, r"https?://[^\s/?#@\[\]]+(/[^\s?#]*)?").rstrip("/")
         self.claude_model = setting("CLAUDE_MODEL", "claude-haiku-5-5", "the name of a model", r"\S+")
         # Some models refuse any effort: empty is a value of its own here.
         takes = "low, medium, high, xhigh or max, or nothing"
         default = "" if "CLAUDE_EFFORT" in environ else "low"
         self.claude_effort = setting("CLAUDE_EFFORT", default, takes, r"low|medium|high|xhigh|max")
         self.system_prompt = setting("SYSTEM_PROMPT", conversation.SYSTEM_PROMPT)
-        self.greeting = setting("GREETING", "Hello, this is Claude speaking!")
+        self.greeting = setting("GREETING", "Hello, this is Claude speaking!", "words to speak", r"(?s).*\w.*")
         self.voice = setting("VOICE", "", "a voice of Twilio's, like Polly.Amy-Neural", r"[\w.-]+")
         self.language = setting("LANGUAGE", "", "a language, like en-GB", r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
         takes = "numbers like +15551234567, separated by commas"
-        numbers = setting("ALLOWED_CALLERS", "", takes, r"\+[\d ().-]+(\s*,\s*\+[\d ().-]+)*,?")
+        numbers = setting("ALLOWED_CALLERS", "", takes, r"(\s*\+[ ().-]*\d[\d ().-]*,?)+")
         self.allowed_callers = set(re.findall(r"\+\d*", re.sub(r"[^\d+]", "", numbers)))
         self.max_turns = int(setting("MAX_TURNS", "100", "a whole number, 1 or more", r"0*[1-9]\d{0,8}"))
         takes = "sqlite:/// and the path of a file: no other database is used"
-        self.database = setting("DATABASE_URL", "sqlite:///calls.db", takes, r"sqlite:///.+").removeprefix("sqlite:///")
+        url = setting("DATABASE_URL", "sqlite:///calls.db", takes, r"sqlite:///[^:?][^?]*")
+        self.database = url.removeprefix("sqlite:///")
 
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -112,6 +113,10 @@ def only_twilio():
     Twilio signs its requests with the account's auth token
     (https://www.twilio.com/docs/usage/security#validating-requests).
     """
+    if request.scheme not in ("http", "https"):
+        abort(400)  # an X-Forwarded-Proto that no proxy sends
+    if connection := request.environ.get("gunicorn.socket"):
+        connection.settimeout(5)  # seconds for the rest of the body: half-sent ones would hold all threads
     # No endpoint: there is nothing at that address, and Flask will say so.
     if request.endpoint in (None, "healthz") or is_a_browser():
         return None
@@ -152,7 +157,8 @@ def called_url():
 def is_direct():
     """Whether the request was made on this machine, by a program, to this address: neither through a tunnel or proxy,
     nor by a page in this machine's browser."""
-    forwarded = any(re.search(r"(?i)forwarded|^via$|-ip$|^origin$", name) for name, _ in request.headers)
+    telling = r"(?i)forwarded|^via$|-ip$|^origin$|^referer$|^sec-fetch-"
+    forwarded = any(re.search(telling, name) for name, _ in request.headers)
     to = urlsplit("//" + request.host).hostname
     here = ("127.0.0.1", "::1", "::ffff:127.0.0.1", "localhost")
     return request.remote_addr in here and to in here and not forwarded
@@ -208,7 +214,7 @@ def talking():
         if not line.claude:
             return listen(f"{NO_KEY} {words}")
         # No turn if the call is over: nobody hears what is answered then.
-        turn = talk.speak(words, request.headers.get("I-Twilio-Idempotency-Token"))
+        turn = talk.speak(words, request.headers.get("I-Twilio-Idempotency-Token") or None)
     return say_reply(turn, heard, talk.listen(turn, heard), count("waited"))
 
 

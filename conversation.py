@@ -121,7 +121,7 @@ class Conversation:
         elif is_new:
             growing = self.line.growing[self.call_sid, turn] = GrowingReply(self.store, self.call_sid, turn)
             # Not a daemon thread: a process that is told to stop ends its replies first, for its successor to find.
-            threading.Thread(target=self._answer, args=[words, growing]).start()
+            threading.Thread(target=self._answer, args=[words, growing], daemon=False).start()
         return turn
 
     def listen(self, turn, heard=0):
@@ -170,7 +170,7 @@ class Conversation:
             growing.end(stop)
         except StoreError as error:
             stop = f"{stop}, and the database failed: {error}"
-        del self.line.growing[self.call_sid, growing.turn]
+        self.line.growing.pop((self.call_sid, growing.turn), None)
         log.info(
             "call %s turn %d: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
             self.call_sid,
@@ -217,10 +217,13 @@ class Conversation:
         stop = hang_up = None
         with self.line.claude.messages.with_streaming_response.create(stream=True, **request) as response:
             growing.request_id = response.request_id
-            # As plain dictionaries: the SDK's own event objects cost more than the rest of the turn.
-            for event in response.parse(to=anthropic.Stream[object]):
-                text = ""
-                if event["type"] == "content_block_start":
+            # As they come: the SDK's event objects cost more than the rest of the turn, and its streams hide the pings,
+            # which are the time to see that the caller has gone.
+            for message in anthropic.Stream.raw_events(response.http_response):
+                event, text = message.json(), ""
+                if event["type"] == "error":
+                    raise anthropic.APIStatusError("in mid-stream", response=response.http_response, body=event)
+                elif event["type"] == "content_block_start":
                     hang_up = hang_up or event["content_block"].get("name") == HANG_UP["name"]
                 elif event["type"] == "content_block_delta":
                     text = event["delta"].get("text", "")  # thinking and a tool's arguments have none
@@ -298,8 +301,10 @@ class GrowingReply:
         self.pending += text
         now = time.monotonic()
         end = max((sentence.end() for sentence in SENTENCE_END.finditer(self.pending)), default=0)
+        if self.pending.rfind("[", 0, end) > self.pending.rfind("]", 0, end):
+            end = 0  # it would be the middle of [a link](...)
         if len(self.pending) - end > LONGEST_SENTENCE:
-            end = self.pending.rfind(" ", end) + 1 or len(self.pending)
+            end = self.pending.rfind(" ", end + SHORTEST_SENTENCE) + 1 or len(self.pending)
         if end >= SHORTEST_SENTENCE:
             self._write(self.pending[:end])
             self.pending = self.pending[end:]
@@ -363,7 +368,7 @@ def pause_after(error, attempt):
         if error.status_code < 500 and error.type not in ("rate_limit_error", "overloaded_error", "api_error"):
             return None
         with contextlib.suppress(ValueError):
-            return max(0.0, float(error.response.headers.get("retry-after", "")))
+            return max(0.5 * 2**attempt, float(error.response.headers.get("retry-after", "")))
     elif not isinstance(error, (anthropic.APIConnectionError, httpx2.TransportError)):
         return None
     return 0.5 * 2**attempt  # half a second, as in the SDK, and four tries fit into PATIENCE
@@ -380,19 +385,20 @@ def describe(error):
 UNSPEAKABLE = [
     (re.compile(pattern), instead)
     for pattern, instead in (
-        (r"(?m)^[ \t]*(?:```|~~~).*$", ""),  # a code fence; the lines inside it stay
+        (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*[\w+#.-]*[ \t]*$", ""),  # a code fence; the lines inside it stay
         (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the line under the head of a table
-        (r"!?\[([^\]]*)\]\([^)]*\)", r"\1"),  # a link or a picture: its words
+        (r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)", r"\1"),  # a link or a picture: its words
+        (r"</?(?:a|b|br|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|su[bp]|u|ul)\b[^>]*>", " "),  # an HTML tag
         (r"https?://(?:www\.)?([^\s/<>()\[\]]+)(?:/[^\s<>()\[\]]*[\w/])?", r"\1"),  # a bare link: its host
-        (r"</?[A-Za-z][A-Za-z0-9]*\s*/?>", " "),  # an HTML tag
         (r"(?m)^[ \t]*(?:#{1,6}|>+|[-*+•])[ \t]+", ""),  # the mark before a heading, a quote, an item of a list
         (r"(?m)^[ \t]*\||\|[ \t]*$", ""),  # the edges of a table, and then its inner lines
         (r"[ \t]*\|[ \t]*", ", "),
-        (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),  # 2 * 3 is a product; every other star is emphasis
+        (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),  # 2 * 3 is a product, 2**3 a power; every other star is emphasis
+        (r"(?<=\d)[ \t]*\*\*[ \t]*(?=\d)", " ^ "),
         (r"[*`]|~~|(?<!\w)_+|_+(?!\w)|\\(?=[^\w\s])", ""),
         # Arrows, boxes and emoji, with what joins and colours them. Letters and marks of all scripts are elsewhere, and
         # so are signs that have a name, like ° and ≤.
-        ("[\u2190-\u21ff\u2300-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff]\u200d?", " "),
+        ("[\u2190-\u21ff\u2300-\u245f\u2500-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff]\u200d?", " "),
         ("[\u20e3\ufe0f\U000e0000-\U000e007f]\u200d?", ""),
         # What XML can't hold (https://www.w3.org/TR/xml/#charsets): the document would end the call, with error 12100.
         ("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", ""),

@@ -151,6 +151,7 @@ class Store:
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()  # 1: the first fault is enough
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # for what was just forgotten, as in ``forget``
 
     @staticmethod
     def _forget_old(database):

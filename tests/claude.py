@@ -33,6 +33,7 @@ ERRORS = {
     404: "not_found_error",
     429: "rate_limit_error",
     500: "api_error",
+    503: "api_error",
     529: "overloaded_error",
 }
 
@@ -51,7 +52,8 @@ class Reply:
         status: an HTTP error instead of a reply.
         retry_after: the ``retry-after`` header of that error, in seconds.
         error: an ``error`` event of this type after the text, in a stream that began well.
-        ending: after the text, "cut" the connection, "close" it cleanly without the closing events, or "stall".
+        ending: after the text, "cut" the connection, "close" it cleanly without the closing events, "stall", or "ping"
+            once a second for ever.
         body: answers 200 with these bytes and nothing else.
     """
 
@@ -289,6 +291,10 @@ class _Handler(BaseHTTPRequestHandler):
             if readable and not self.connection.recv(1, socket.MSG_PEEK):
                 self.asked.closed_by_caller = time.monotonic()
             self.close_connection = True
+        elif reply.ending == "ping":
+            while time.monotonic() < self.asked.at + 90:  # longer than any patience
+                self.event("ping")
+                time.sleep(1)
         elif reply.ending == "cut":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, not a close
             self.connection.close()

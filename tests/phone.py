@@ -260,7 +260,7 @@ class Phone:
     def _ask(self, url, method, params, token=None):
         """One webhook, signed; tried twice if nobody answers the door, as the same delivery. Follows redirects."""
         params = {**self.params, **params}
-        delivery = token or secrets.token_hex(8)
+        delivery = secrets.token_hex(8) if token is None else token
         for _ in range(10):
             began = time.monotonic()
             try:

@@ -207,6 +207,12 @@ SPOKEN = {
     "你好,世界。再见!": "你好,世界。再见!",
     "I ate 2 * 3 apples *quickly*": "I ate 2 × 3 apples quickly",
     "snake_case stays": "snake_case stays",
+    "2**10 is 1024": "2 ^ 10 is 1024",
+    "```git pull``` gets the rest.": "git pull gets the rest.",
+    "[Python](https://en.wikipedia.org/wiki/Python_(language)) is it.": "Python is it.",
+    "[Is it on? Yes it is.](https://example.com/faq) So there.": "Is it on? Yes it is. So there.",
+    'Look <a href="https://x.example.com">here</a>.': "Look here .",
+    "Type git commit <message> now.": "Type git commit <message> now.",
 }
 
 

@@ -181,6 +181,13 @@ def test_eight_processes_start_at_once_on_a_new_database(tmp_path):
     subprocess.run([sys.executable, "-c", EIGHT_AT_ONCE, str(tmp_path)], cwd=ROOT, check=True, timeout=100)
 
 
+def test_without_a_token_every_delivery_is_a_new_turn(stage):
+    phone = stage.phone()
+    phone.call()
+    assert phone.say("The first.", token="") == "You said: The first."
+    assert phone.say("The second.", token="") == "You said: The second."
+
+
 # --- The end of a call ----------------------------------------------------------------------------------------------
 
 
@@ -220,6 +227,18 @@ def test_a_status_that_is_the_end_forgets(stage, status):
     phone.hang_up(status)
     with contextlib.closing(sqlite3.connect(stage.app.database)) as database:
         assert database.execute("SELECT count(*) FROM turns WHERE call_sid = ?", [phone.call_sid]).fetchone() == (0,)
+
+
+@meanwhile
+def test_the_caller_hangs_up_while_claude_has_nothing_to_say(stage):
+    stage.claude.when("Think long.", Reply("Hm", ending="ping"))
+    phone = stage.phone()
+    phone.call()
+    heard = in_thread(lambda: phone.say("Think long."))
+    (request,) = wait_until(lambda: stage.claude.asked("Think long."))
+    Phone(phone.url, phone.token, public_url=phone.public_url, headers=PROXY, CallSid=phone.call_sid).hang_up()
+    wait_until(lambda: request.closed_by_caller)
+    heard()
 
 
 @meanwhile

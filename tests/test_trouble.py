@@ -57,8 +57,9 @@ def test_trouble_is_heard_logged_and_over(stage, claude, phone, trouble):
 
 @pytest.mark.parametrize("trouble", [
     Reply(status=429), Reply(status=529), Reply(status=500), Reply(error="overloaded_error"),
-    Reply("Here I a", ending="cut"), Reply(status=429, retry_after="1"),
-], ids=["429", "529", "500", "overloaded", "cut", "429 with retry-after"])
+    Reply("Here I a", ending="cut"), Reply(status=429, retry_after="1"), Reply(status=429, retry_after="0"),
+    Reply(status=429, retry_after="nan"), Reply(status=503, retry_after="later"),
+], ids=["429", "529", "500", "overloaded", "cut", "in a second", "at once", "nan", "later"])
 def test_passing_trouble_is_not_even_noticed(claude, phone, trouble):
     words = f"Try {trouble}."
     claude.when(words, trouble, Reply("Here I am again."))
@@ -75,6 +76,26 @@ def test_lasting_trouble_ends_within_the_callers_patience(stage):
     assert phone.say("Overload.") == SORRY
     assert 2 < len(stage.claude.asked("Overload.")) < 8
     assert phone.webhooks[-1][2] < 10
+
+
+@meanwhile
+def test_asking_again_is_never_a_flood(stage):
+    stage.claude.when("Flood.", Reply(status=429, retry_after="0"))
+    phone = stage.phone()
+    phone.call()
+    assert phone.say("Flood.") == SORRY
+    assert len(stage.claude.asked("Flood.")) < 8
+
+
+@meanwhile
+def test_a_reply_that_only_pings_is_a_stall(stage):
+    stage.claude.when("Ping.", Reply("Yes. And a half", ending="ping"))
+    phone = stage.phone()
+    phone.call()
+    heard = phone.say("Ping.")
+    assert "Yes. And a half" in heard and heard.endswith(SORRY)
+    (request,) = stage.claude.asked("Ping.")
+    wait_until(lambda: request.closed_by_caller)
 
 
 @meanwhile

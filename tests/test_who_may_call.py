@@ -1,6 +1,8 @@
 """Only Twilio gets in, and only for those who may call."""
 
+import contextlib
 import http.client
+import socket
 
 import pytest
 
@@ -93,6 +95,7 @@ def test_without_a_token_this_machine_is_answered(open_app):
     {"X-Forwarded-For": "203.0.113.7"}, {"X-Forwarded-Proto": "https"}, {"X-Forwarded-Host": "localhost"},
     {"Forwarded": "for=127.0.0.1"}, {"Via": "1.1 tunnel"}, {"X-Real-IP": "127.0.0.1"}, {"CF-Connecting-IP": "127.0.0.1"},
     {"Host": "line.example.com"}, {"Host": "127.0.0.1.example.com"}, {"Origin": "https://evil.example.com"},
+    {"Referer": "https://evil.example.com/"}, {"Sec-Fetch-Site": "cross-site"},
     {"X-Forwarded-For": "127.0.0.1", "Host": "127.0.0.1"},
 ], ids=str)
 def test_without_a_token_what_comes_from_elsewhere_is_refused(open_app, header):
@@ -108,6 +111,26 @@ def test_what_is_not_there_is_404_without_a_word_in_the_log(stage, open_app):
         assert post(app, "/static/app.py", {}, PROXY, "GET")[0] == 404
         assert post(app, "/talking", {"CallSid": "CA1"}, PROXY, "PUT")[0] == 405
         assert "wp-login" not in app.log()[before:]
+
+
+def test_a_forged_protocol_is_no_traceback(stage):
+    for path in ("/", "/talking"):
+        for method in ("GET", "POST"):
+            headers = {**PROXY, "X-Forwarded-Proto": "http://["}
+            assert post(stage.app, path, {"SpeechResult": "Hi."}, headers, method)[0] == 400
+    assert "Traceback" not in stage.app.log()
+
+
+@meanwhile
+def test_half_sent_bodies_do_not_hold_the_line(stage):
+    with stage.other_app() as app, contextlib.ExitStack() as stack:
+        head = b"POST /talking HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+        head += b"Content-Type: application/x-www-form-urlencoded"
+        for _ in range(210):  # there are 200 threads
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", app.port)))
+            connection.sendall(head + b"\r\n\r\nx=y")
+        assert stage.phone(app).call() == "Hello, this is Claude speaking!"
+        assert "Traceback" not in app.log()
 
 
 @meanwhile
@@ -148,6 +171,9 @@ def test_only_allowed_callers_are_answered(stage):
 @pytest.mark.parametrize("setting, value, takes", [
     ("MAX_TURNS", "lots", "a whole number"), ("MAX_TURNS", "0", "a whole number"), ("MAX_TURNS", "-1", "a whole number"),
     ("DATABASE_URL", "postgres://u:secret@h/d", "sqlite:///"), ("DATABASE_URL", "sqlite://", "sqlite:///"),
+    ("DATABASE_URL", "sqlite:///:memory:", "a file"), ("DATABASE_URL", "sqlite:///calls.db?mode=ro", "a file"),
+    ("PUBLIC_URL", "https://[", "https://"), ("PUBLIC_URL", "https://me:secret@host", "https://"),
+    ("ALLOWED_CALLERS", "+ ,", "+15551234567"), ("GREETING", "\U0001f44b", "words"),
     ("PUBLIC_URL", "my-line.example.com", "https://"), ("ALLOWED_CALLERS", "alice", "+15551234567"),
     ("ALLOWED_CALLERS", "15551234567", "+15551234567"), ("CLAUDE_EFFORT", "maximum", "low, medium"),
     ("CLAUDE_MODEL", "two words", "model"), ("ANTHROPIC_API_KEY", "sk ant secret", "key"),
