@@ -1,12 +1,17 @@
 """A call as the caller hears it, and what Claude is sent."""
 
+import contextlib
 import re
+import sqlite3
 import time
 
 import pytest
 
+import conversation
 from tests.claude import Reply
-from tests.conftest import meanwhile
+from tests.conftest import meanwhile, wait_until
+
+TALKING = "https://line.example.com/talking"
 
 SENTENCES = "Here is the first sentence of it. Here comes the second one, too. And this is the third and last."
 
@@ -113,7 +118,7 @@ def test_an_answer_that_never_comes_ends_in_an_apology(stage):
     began = time.monotonic()
     heard = phone.say("Never mind.")
     assert heard.endswith("Sorry, something went wrong at my end. Could you say that again?")
-    assert "Too late" not in heard
+    assert "longer. One moment." in heard and "Too late" not in heard
     assert time.monotonic() - began < 60
     assert max(seconds for _, _, seconds, _ in phone.webhooks) < 10
     assert phone.say("Thank you all the same.") == "You said: Thank you all the same."
@@ -207,6 +212,12 @@ SPOKEN = {
     "你好,世界。再见!": "你好,世界。再见!",
     "I ate 2 * 3 apples *quickly*": "I ate 2 × 3 apples quickly",
     "snake_case stays": "snake_case stays",
+    "~~~\ncode\n~~~\nThat was code.": "code. That was code.",
+    "One\n===\ntext\n***\nmore\n___\nend": "One. text. more. end",
+    "• milk\n  - soy\n+ tea\n": "milk. soy. tea.",
+    r"1\. Take \#4 \(or 5\).": "1. Take #4 (or 5).",
+    "Go → there ⤴ then ⬆ up.": "Go there then up.",
+    "England \U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f wins.": "England wins.",
     "2**10 is 1024": "2 ^ 10 is 1024",
     "```git pull``` gets the rest.": "git pull gets the rest.",
     "[Python](https://en.wikipedia.org/wiki/Python_(language)) is it.": "Python is it.",
@@ -244,3 +255,90 @@ def test_long_replies_are_cut_between_sentences(phone, claude):
     phone.say("A long one.")
     pieces = [text for text, *_ in phone.said[1:]]
     assert len(pieces) > 1 and all(piece.endswith("letters.") for piece in pieces)
+
+
+def test_who_talks_about_something_else_ends_the_reply_before(stage, claude):
+    claude.when("Tell me all you know.", Reply("This is one of very many sentences. " * 200, pace=60))
+    claude.when("No, something else.", Reply("Gladly, what is it?"))
+    phone = stage.phone()
+    phone.call()
+    # Twilio is answered with the first sentence, and then the caller gets a word in before it asks for the rest.
+    phone._ask(TALKING, "POST", {"SpeechResult": "Tell me all you know."})
+    assert phone.say("No, something else.") == "Gladly, what is it?"
+    (request,) = claude.asked("Tell me all you know.")
+    wait_until(lambda: request.closed_by_caller)
+    assert request.tokens_sent < 900, "of 1750"
+    with contextlib.closing(sqlite3.connect(stage.app.database)) as database:
+        row = database.execute("SELECT stop FROM turns WHERE call_sid = ? AND turn = 1", [phone.call_sid]).fetchone()
+    assert row == ("overtaken",)
+
+
+def test_an_answer_that_is_there_is_heard_at_once(phone):
+    phone.call()
+    for number in range(5):  # a busy machine may be slow once, but not every time
+        phone.say(f"Quickly, number {number}.")
+    assert min(phone.waits[1:]) < 0.3
+
+
+def test_who_writes_without_a_full_stop_is_heard_all_the_same(phone, claude):
+    claude.when("Ramble.", Reply("word and " * 111 + "end", pace=200))
+    phone.call()
+    assert phone.say("Ramble.") == "word and " * 111 + "end"
+    (request,) = claude.asked("Ramble.")
+    assert phone.said[1][1] < request.finished, "the beginning was there before the end"
+    assert {word for text, *_ in phone.said[1:] for word in text.split()} == {"word", "and", "end"}, "cut between words"
+
+
+@meanwhile
+def test_a_sentence_that_takes_twelve_seconds_is_heard_in_full(stage):
+    slow = "Here is the first sentence. And here is one that takes its time until it ends."
+    stage.claude.when("Slowly, please.", Reply(slow, pace=1.3))
+    phone = stage.phone()
+    phone.call()
+    heard = phone.say("Slowly, please.")
+    assert heard.startswith("Here is the first sentence.") and heard.endswith("takes its time until it ends.")
+
+
+@pytest.mark.parametrize("sentence", [
+    "I have just met Mr. Jones in the street.", "I have just met Ms. Jones in the street.",
+    "I have just met Mrs. Jones in the street.", "I have just met Dr. Jones in the street.",
+    "They live in old St. Ives by the sea.", "Take some fruit, e.g. apples or pears.",
+    "It is the last one, i.e. the third.", "The music is by J. S. Bach, I think.",
+    "这是一个很长很长的句子,就是这样。", "क्या आप मुझे अभी सुन सकते हैं।", "هل تسمعني الآن يا صديقي؟",
+    'He said to me: "I am here."', "Is that so, really?!", "A line that has no full stop\n",
+], ids=ascii)
+def test_where_a_sentence_ends(sentence):
+    text = f"{sentence} And"
+    assert max(end.end() for end in conversation.SENTENCE_END.finditer(text)) >= len(sentence)
+    assert min(end.end() for end in conversation.SENTENCE_END.finditer(text)) >= len(sentence)
+
+
+@pytest.mark.parametrize("hang_up", [True, False], ids=["and hangs up", "and listens"])
+def test_when_all_has_been_heard_nothing_is_added(stage, claude, hang_up):
+    words = f"Say a word, hang up: {hang_up}."
+    claude.when(words, Reply("It was a pleasure. " + " " * 8, hang_up=hang_up, pace=8))
+    phone = stage.phone()
+    phone.call()
+    assert phone.say(words) == "It was a pleasure."
+    assert (phone.ended == "hangup") == hang_up
+    assert phone.warnings == []
+
+
+def test_claude_is_told_how_to_hang_up_and_what_to_keep(phone, claude):
+    phone.call(), phone.say("What can you do?")
+    body = claude.asked("What can you do?")[0].body
+    assert [tool["name"] for tool in body["tools"]] == ["hang_up"]
+    assert body["cache_control"] == {"type": "ephemeral"}, "the prompt is paid for once"
+
+
+def test_words_and_a_key_reach_claude_together(stage, claude):
+    phone = stage.phone()
+    phone.call()
+    phone._turn(phone._fetch, TALKING, "POST", {"SpeechResult": "My choice is", "Digits": "5"})
+    assert claude.requests[-1].words == "My choice is [The caller pressed 5]"
+
+
+def test_a_reply_that_grows_in_xml_fits_too(phone, claude):
+    claude.when("Say a lot of ands.", Reply("And " + "&&&& " * 3400))
+    phone.call()
+    assert phone.say("Say a lot of ands.").count("&") == 4 * 3400

@@ -4,12 +4,14 @@ import contextlib
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -216,7 +218,7 @@ def test_a_status_that_is_not_the_end_forgets_nothing(stage, status):
     phone = stage.phone()
     phone.call(), phone.say(f"Remember {status}.")
     phone._ask("https://line.example.com/status_callback", "POST", {"CallStatus": status})
-    phone.say("Do you still?")
+    assert phone.say("Do you still?") == "You said: Do you still?"
     assert stage.claude.requests[-1].messages[0] == ("user", f"Remember {status}.")
 
 
@@ -331,6 +333,58 @@ def test_a_disk_in_trouble(stage):
             for phone in (early, late):
                 assert phone.say("And now?") == "You said: And now?"
                 assert phone.warnings == [] and max(seconds for _, _, seconds, _ in phone.webhooks) < 10
+
+
+@meanwhile
+def test_who_reads_the_database_holds_nobody_up(stage):
+    with stage.other_app() as app:
+        phone = stage.phone(app)
+        phone.call(), phone.say("Hello?")
+        with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as reader:  # a backup, say
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+            assert phone.say("Are you free?") == "You said: Are you free?"
+
+
+@meanwhile
+def test_the_caller_hangs_up_in_a_sentence_without_an_end(stage):
+    stage.claude.when("Say it in one breath.", Reply("and on and on it goes " * 10, pace=4))  # no LONG is ever reached
+    phone = stage.phone()
+    phone.call()
+    phone_of_twilio = stage.phone(CallSid=phone.call_sid)
+    heard = in_thread(lambda: phone.say("Say it in one breath."))
+    (request,) = wait_until(lambda: stage.claude.asked("Say it in one breath."))
+    wait_until(lambda: request.tokens_sent)
+    phone_of_twilio.hang_up()
+    wait_until(lambda: request.closed_by_caller, 5)
+    heard()
+
+
+@meanwhile
+def test_the_disk_fails_in_mid_reply(stage):
+    stage.claude.when("Tell me of disks.", Reply(STORY, pace=8))
+    with stage.other_app() as app:
+        phone = stage.phone(app)
+        phone.call()
+        heard = in_thread(lambda: phone.say("Tell me of disks."))
+        wait_until(lambda: len(phone.said) > 1)
+        unlock = lock(app)
+        wait_until(lambda: f"call {phone.call_sid} turn 1: " in app.log(), 20)
+        unlock()
+        heard = heard()
+        assert heard.startswith("Once upon a time there was a line.") and heard.endswith(SORRY)
+        assert re.search(r"turn 1: .*OperationalError, and the database failed: database is locked", app.log())
+        assert "Traceback" not in app.log()
+        assert phone.say("And now?") == "You said: And now?"
+
+
+def test_a_look_at_its_health_writes_something(stage):
+    for _ in range(2):
+        began = time.time()
+        assert healthz(stage.app) == 200
+        with contextlib.closing(sqlite3.connect(stage.app.database)) as database:
+            ((at,),) = database.execute("SELECT at FROM ended WHERE call_sid = 'check'").fetchall()
+        assert at >= began, "or a full disk would pass"
 
 
 # --- Requests of every kind -----------------------------------------------------------------------------------------

@@ -1,12 +1,19 @@
 """Claude fails, in every way it can: the caller hears what there was and something honest, and the call goes on."""
 
+import contextlib
 import re
+import sqlite3
+import time
 
 import pytest
 
-from tests.claude import Reply
+import conversation
+from conversation import Conversation, Line
+from store import Store
+from tests.claude import KEY, Reply
 from tests.conftest import meanwhile, wait_until
 
+TALKING = "https://line.example.com/talking"
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
 FIRST = "This is the first sentence."
 BEGUN = f"{FIRST} And here the second beg"
@@ -165,3 +172,87 @@ def test_the_log_has_a_line_a_turn_and_no_word_of_it(stage, claude, phone):
     log = stage.app.log()
     for secret in ("marmalade", "+15557654321", "5557654321", "12345\n", "sk-ant"):
         assert secret not in log
+
+
+@pytest.mark.parametrize("status, retry_after", [(400, None), (401, None), (404, None), (429, "60"), (529, "60")])
+def test_what_would_not_help_is_not_tried(phone, claude, status, retry_after):
+    words = f"Refuse with {status} and {retry_after}."
+    claude.when(words, Reply(status=status, retry_after=retry_after))
+    phone.call()
+    assert phone.say(words) == SORRY
+    assert len(claude.asked(words)) == 1
+
+
+@pytest.mark.parametrize("status", [429, 529])
+def test_claude_is_asked_again_when_it_said(phone, claude, status):
+    words = f"After {status}, wait."
+    claude.when(words, Reply(status=status, retry_after="0.9"), Reply("Here I am again."))
+    phone.call()
+    assert phone.say(words) == "Here I am again."
+    first, second = claude.asked(words)
+    assert second.at - first.at >= 0.9
+
+
+def test_a_reply_that_its_process_left_before_the_first_word_is_given_up(phone, stage):
+    phone.call(), phone.say("Hello?")
+    with contextlib.closing(sqlite3.connect(stage.app.database, isolation_level=None)) as database:
+        lost = "UPDATE turns SET reply = '', stop = NULL, touched = touched - 40 WHERE call_sid = ?"
+        database.execute(lost, [phone.call_sid])
+    began = time.monotonic()
+    phone._fetch(f"{TALKING}?turn=1&heard=0", "POST")
+    assert SORRY.encode() in phone.documents[-1]
+    assert time.monotonic() - began < 3
+
+
+@meanwhile
+def test_what_is_given_up_is_not_read_on(stage):
+    stage.claude.when("Stall for good.", Reply("This is the first sentence. And", ending="stall"))
+    phone = stage.phone()
+    phone.call(), phone.say("Stall for good.")
+    (request,) = stage.claude.asked("Stall for good.")
+    wait_until(lambda: request.closed_by_caller, 45)
+    wait_until(lambda: re.search(rf"call {phone.call_sid} turn 1: .*ReadTimeout", stage.app.log()))
+
+
+def test_a_turn_that_is_over_leaves_nothing_in_memory(claude, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
+    line = Line(Store(str(tmp_path / "calls.db")), conversation.claude_client(KEY), "claude-haiku-5-5", "low", "Be brief.", 9)
+    talk = Conversation("CA1", line)
+    assert talk.listen(talk.speak("Hello?")).text.strip() == "You said: Hello?"
+    wait_until(lambda: not line.growing)
+    line.claude.close()
+    for connection, _ in line.store._idle:
+        connection.close()
+
+
+COUNTED = b"""\
+event: message_start
+data: {"type": "message_start", "message": {"usage": {"input_tokens": 1, "cache_creation_input_tokens": 20, \
+"cache_read_input_tokens": 300, "output_tokens": 1}}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "I can."}}
+
+event: message_delta
+data: {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 4}}
+
+"""
+
+
+def test_tokens_of_the_cache_are_counted_too(stage, claude, phone):
+    claude.when("Can you count?", Reply(body=COUNTED))
+    phone.call()
+    assert phone.say("Can you count?") == "I can."
+    wait_until(lambda: f"call {phone.call_sid} turn 1: " in stage.app.log())
+    assert "tokens 321 in 4 out" in stage.app.log()
+
+
+@meanwhile
+def test_the_voice_speaks_the_language_it_hears(stage):
+    with stage.other_app(LANGUAGE="en-GB", ALLOWED_CALLERS="+15551230001") as app:
+        phone = stage.phone(app)
+        phone.call()
+        assert phone.documents[-1].count(b'language="en-GB"') == 2, "of <Gather> and of <Say>"
+        assert stage.phone(app, number="+15551230002").call() == ""
+        wait_until(lambda: "...002 is not in ALLOWED_CALLERS" in app.log())
+        assert "5551230002" not in app.log()

@@ -2,11 +2,13 @@
 
 import contextlib
 import http.client
+import re
 import socket
+import urllib.parse
 
 import pytest
 
-from tests.conftest import PROXY, TOKEN, meanwhile
+from tests.conftest import PROXY, TOKEN, meanwhile, wait_until
 from tests.phone import App, Phone, sign
 
 VECTOR = {
@@ -162,6 +164,7 @@ def test_only_allowed_callers_are_answered(stage):
             stranger.params["CallStatus"] = "in-progress"
             stranger._turn(stranger._fetch, "https://line.example.com/talking", "POST", {"SpeechResult": "Let me in."})
             assert stranger.ended == "hangup" and stranger.said == []
+            assert stranger.documents[-1].endswith(b"<Response><Hangup /></Response>")
         assert not stage.claude.asked("Let me in.")
         called = stage.phone(app, number="+15550009999", To="+442071234567", Direction="outbound-api")
         assert called.call() == "Hello, this is Claude speaking!"
@@ -214,3 +217,37 @@ def test_bodies_that_are_not_forms_or_huge_are_refused_early(stage, open_app):
         connection.close()
     status, _ = post(open_app, "/talking", {"CallSid": "CA1", "SpeechResult": "x" * 1_000_000})
     assert status == 413
+
+
+def test_without_a_token_another_machine_is_refused(open_app):
+    for machine, status in [("127.0.0.1", 200), ("127.0.0.2", 403)]:  # the second is not the one we are called on
+        connection = http.client.HTTPConnection("127.0.0.1", open_app.port, timeout=10, source_address=(machine, 0))
+        with contextlib.closing(connection):
+            connection.request("GET", "/?CallSid=CA1")
+            assert connection.getresponse().status == status
+
+
+def test_what_is_refused_is_logged_without_what_was_said(stage):
+    query = urllib.parse.urlencode({"CallSid": "CA1", "From": "+15551239876", "SpeechResult": "tarragon"})
+    assert post(stage.app, f"/talking?{query}", {}, PROXY, "GET")[0] == 403
+    wait_until(lambda: re.search("403 for .*/talking: wrong signature", stage.app.log()))
+    assert "tarragon" not in stage.app.log() and "5551239876" not in stage.app.log()
+
+
+def test_nothing_on_the_way_may_keep_an_answer(stage):
+    phone = stage.phone()
+    assert phone._send(phone.public_url + "/", "POST", phone.params, "1").headers["Cache-Control"] == "no-store"
+
+
+def test_a_value_may_come_with_white_space_around_it():
+    from app import Settings
+
+    settings = Settings({"ANTHROPIC_API_KEY": "sk-ant-pretend\n", "GREETING": " Ahoy! ", "MAX_TURNS": "7 "})
+    assert (settings.anthropic_api_key, settings.greeting, settings.max_turns) == ("sk-ant-pretend", "Ahoy!", 7)
+
+
+def test_the_proxy_says_how_the_line_was_called(stage):
+    headers = {"Host": "10.0.0.7:8000", "X-Forwarded-Host": "line.example.com", "X-Forwarded-Proto": "https"}
+    phone = stage.phone(headers=headers)
+    assert phone.call() == "Hello, this is Claude speaking!"
+    assert phone.say("Who is there?") == "You said: Who is there?"
