@@ -246,36 +246,36 @@ def test_the_caller_hangs_up_while_claude_has_nothing_to_say(stage):
 @meanwhile
 def test_the_caller_hangs_up_in_mid_reply(stage):
     stage.claude.when("Talk for ever.", Reply("This is one of very many sentences. " * 200, pace=60))
-    with stage.other_app() as app:
-        phone = stage.phone(app, speaking_rate=2.7)
-        phone.call()
-        heard = in_thread(lambda: phone.say("Talk for ever."))
-        (request,) = wait_until(lambda: stage.claude.asked("Talk for ever."))
-        wait_until(lambda: len(phone.said) > 1)
-        other = Phone(phone.url, phone.token, public_url=phone.public_url, headers=PROXY, CallSid=phone.call_sid)
-        other.hang_up()
-        wait_until(lambda: request.closed_by_caller)
-        assert request.tokens_sent < 900, "of 1750"
-        phone.ended = "hung up"
-        heard()
-        assert b"very many" not in everything_in(app)
+    app = stage.app
+    phone = stage.phone(app, speaking_rate=2.7)
+    phone.call()
+    heard = in_thread(lambda: phone.say("Talk for ever."))
+    (request,) = wait_until(lambda: stage.claude.asked("Talk for ever."))
+    wait_until(lambda: len(phone.said) > 1)
+    other = Phone(phone.url, phone.token, public_url=phone.public_url, headers=PROXY, CallSid=phone.call_sid)
+    other.hang_up()
+    wait_until(lambda: request.closed_by_caller)
+    assert request.tokens_sent < 900, "of 1750"
+    phone.ended = "hung up"
+    heard()
+    assert b"very many" not in everything_in(app)
 
 
 @meanwhile
 def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(stage):
-    with stage.other_app() as app:
-        for occasion in ("the next call", "a look at its health"):
-            old, new, next_one = stage.phone(app), stage.phone(app), stage.phone(app)
-            old.call(), old.say("Old marmalade."), new.call(), new.say("New tarragon.")
-            with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as database:
-                database.execute("UPDATE turns SET touched = touched - 86401 WHERE call_sid = ?", [old.call_sid])
-            if occasion == "the next call":
-                next_one.call(), next_one.say("Hello?")
-            else:
-                healthz(app)
-            new.say("What did I say?"), old.say("And what did I say?")
-            assert stage.claude.asked("What did I say?")[-1].messages[0] == ("user", "New tarragon.")
-            assert len(stage.claude.asked("And what did I say?")[-1].messages) == 1
+    app = stage.app
+    for occasion in ("the next call", "a look at its health"):
+        old, new, next_one = stage.phone(app), stage.phone(app), stage.phone(app)
+        old.call(), old.say("Old marmalade."), new.call(), new.say("New tarragon.")
+        with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as database:
+            database.execute("UPDATE turns SET touched = touched - 86401 WHERE call_sid = ?", [old.call_sid])
+        if occasion == "the next call":
+            next_one.call(), next_one.say("Hello?")
+        else:
+            healthz(app)
+        new.say("What did I say?"), old.say("And what did I say?")
+        assert stage.claude.asked("What did I say?")[-1].messages[0] == ("user", "New tarragon.")
+        assert len(stage.claude.asked("And what did I say?")[-1].messages) == 1
 
 
 # --- Disks ----------------------------------------------------------------------------------------------------------
@@ -333,17 +333,32 @@ def test_a_disk_in_trouble(stage):
             for phone in (early, late):
                 assert phone.say("And now?") == "You said: And now?"
                 assert phone.warnings == [] and max(seconds for _, _, seconds, _ in phone.webhooks) < 10
+        who_reads_the_database_holds_nobody_up(stage, app)
+        the_disk_fails_in_mid_reply(stage, app)
 
 
-@meanwhile
-def test_who_reads_the_database_holds_nobody_up(stage):
-    with stage.other_app() as app:
-        phone = stage.phone(app)
-        phone.call(), phone.say("Hello?")
-        with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as reader:  # a backup, say
-            reader.execute("BEGIN")
-            assert reader.execute("SELECT count(*) FROM turns").fetchone() == (1,)
-            assert phone.say("Are you free?") == "You said: Are you free?"
+def who_reads_the_database_holds_nobody_up(stage, app):
+    phone = stage.phone(app)
+    phone.call(), phone.say("Hello?")
+    with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as reader:  # a backup, say
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM turns").fetchone()[0]
+        assert phone.say("Are you free?") == "You said: Are you free?"
+
+
+def the_disk_fails_in_mid_reply(stage, app):
+    stage.claude.when("Tell me of disks.", Reply(STORY, pace=8))
+    phone = stage.phone(app)
+    phone.call()
+    heard = in_thread(lambda: phone.say("Tell me of disks."))
+    wait_until(lambda: len(phone.said) > 1)
+    unlock = lock(app)
+    wait_until(lambda: f"call {phone.call_sid} turn 1: " in app.log(), 20)
+    unlock()
+    heard = heard()
+    assert heard.startswith("Once upon a time there was a line.") and heard.endswith(SORRY)
+    assert re.search(r"turn 1: .*OperationalError, and the database failed: database is locked", app.log())
+    assert phone.say("And now?") == "You said: And now?"
 
 
 @meanwhile
@@ -358,24 +373,6 @@ def test_the_caller_hangs_up_in_a_sentence_without_an_end(stage):
     phone_of_twilio.hang_up()
     wait_until(lambda: request.closed_by_caller, 5)
     heard()
-
-
-@meanwhile
-def test_the_disk_fails_in_mid_reply(stage):
-    stage.claude.when("Tell me of disks.", Reply(STORY, pace=8))
-    with stage.other_app() as app:
-        phone = stage.phone(app)
-        phone.call()
-        heard = in_thread(lambda: phone.say("Tell me of disks."))
-        wait_until(lambda: len(phone.said) > 1)
-        unlock = lock(app)
-        wait_until(lambda: f"call {phone.call_sid} turn 1: " in app.log(), 20)
-        unlock()
-        heard = heard()
-        assert heard.startswith("Once upon a time there was a line.") and heard.endswith(SORRY)
-        assert re.search(r"turn 1: .*OperationalError, and the database failed: database is locked", app.log())
-        assert "Traceback" not in app.log()
-        assert phone.say("And now?") == "You said: And now?"
 
 
 def test_a_look_at_its_health_writes_something(stage):
