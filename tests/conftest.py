@@ -74,7 +74,8 @@ def stage(request):
     chosen = {item.name for item in request.session.items}
     with Claude() as claude, Claude() as behind, concurrent.futures.ThreadPoolExecutor(64) as threads:
         stage, backstage = Stage(claude), Stage(behind)
-        with stage.other_app() as stage.app, backstage.other_app() as backstage.app:
+        # Calls longer than the default's hundred turns are made as well.
+        with stage.other_app(MAX_TURNS="500") as stage.app, backstage.other_app(MAX_TURNS="500") as backstage.app:
             for name, test in _waiting.items():
                 if name in chosen:
                     _waiting[name] = threads.submit(test, backstage)

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -51,50 +52,52 @@ def healthz(app):
 
 
 @meanwhile
-def test_kill_9_between_two_turns(stage):
+def test_kill_9(stage):
     with stage.other_app() as app:
-        phone = stage.phone(app)
-        phone.call(), phone.say("My name is Ann.")
-        app.kill(signal.SIGKILL), app.process.wait()
-        app.start()
-        phone.say("Who am I after that?")
-        (request,) = stage.claude.asked("Who am I after that?")
-        assert [words for _, words in request.messages] == [
-            "My name is Ann.", "You said: My name is Ann.", "Who am I after that?"
-        ]
+        kill_9_between_two_turns(stage, app)
+        kill_9_before_the_first_word(stage, app)
+        kill_9_after_the_first_sentence(stage, app)
 
 
-@meanwhile
-def test_kill_9_before_the_first_word(stage):
+def kill_9_between_two_turns(stage, app):
+    phone = stage.phone(app)
+    phone.call(), phone.say("My name is Ann.")
+    app.kill(signal.SIGKILL), app.process.wait()
+    app.start()
+    phone.say("Who am I after that?")
+    (request,) = stage.claude.asked("Who am I after that?")
+    assert [words for _, words in request.messages] == [
+        "My name is Ann.", "You said: My name is Ann.", "Who am I after that?"
+    ]
+
+
+def kill_9_before_the_first_word(stage, app):
     stage.claude.when("Tell me slowly.", Reply(STORY, first_token=3))
-    with stage.other_app() as app:
-        phone = stage.phone(app)
-        phone.call(), phone.say("My name is Bob.")
-        heard = in_thread(lambda: phone.say("Tell me slowly."))
-        wait_until(lambda: stage.claude.asked("Tell me slowly."))
-        os.kill(*app.workers(), signal.SIGKILL)
-        assert heard() == SORRY, "by way of Twilio's fallback"
-        phone.say("Who am I, then?")
-        (request,) = stage.claude.asked("Who am I, then?")
-        assert request.messages[0] == ("user", "My name is Bob.")
+    phone = stage.phone(app)
+    phone.call(), phone.say("My name is Bob.")
+    heard = in_thread(lambda: phone.say("Tell me slowly."))
+    wait_until(lambda: stage.claude.asked("Tell me slowly."))
+    os.kill(*app.workers(), signal.SIGKILL)
+    assert heard() == SORRY, "by way of Twilio's fallback"
+    phone.say("Who am I, then?")
+    (request,) = stage.claude.asked("Who am I, then?")
+    assert request.messages[0] == ("user", "My name is Bob.")
 
 
-@meanwhile
-def test_kill_9_after_the_first_sentence(stage):
+def kill_9_after_the_first_sentence(stage, app):
     stage.claude.when("Tell me a tale.", Reply(STORY, pace=15))
-    with stage.other_app() as app:
-        phone = stage.phone(app, speaking_rate=8)  # the first sentence takes a second; the rest is due by then
-        phone.call(), phone.say("My name is Cid.")
-        heard = in_thread(lambda: phone.say("Tell me a tale."))
-        wait_until(lambda: len(phone.said) > 2)
-        os.kill(*app.workers(), signal.SIGKILL)
-        heard = heard()
-        assert heard.startswith("Once upon a time there was a line.") and heard.endswith(SORRY)
-        assert phone.warnings == []
-        phone.say("And who am I now?")
-        (request,) = stage.claude.asked("And who am I now?")
-        assert request.messages[0] == ("user", "My name is Cid.")
-        assert ("assistant", "Once upon a time there was a line.") in request.messages
+    phone = stage.phone(app, speaking_rate=8)  # the first sentence takes a second; the rest is due by then
+    phone.call(), phone.say("My name is Cid.")
+    heard = in_thread(lambda: phone.say("Tell me a tale."))
+    wait_until(lambda: len(phone.said) > 2)
+    os.kill(*app.workers(), signal.SIGKILL)
+    heard = heard()
+    assert heard.startswith("Once upon a time there was a line.") and heard.endswith(SORRY)
+    assert phone.warnings == []
+    phone.say("And who am I now?")
+    (request,) = stage.claude.asked("And who am I now?")
+    assert request.messages[0] == ("user", "My name is Cid.")
+    assert ("assistant", "Once upon a time there was a line.") in request.messages
 
 
 @meanwhile
@@ -179,8 +182,10 @@ for attempt in range(50):
 """
 
 
-def test_eight_processes_start_at_once_on_a_new_database(tmp_path):
-    subprocess.run([sys.executable, "-c", EIGHT_AT_ONCE, str(tmp_path)], cwd=ROOT, check=True, timeout=100)
+@meanwhile
+def test_eight_processes_start_at_once_on_a_new_database(stage):
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", EIGHT_AT_ONCE, folder], cwd=ROOT, check=True, timeout=100)
 
 
 def test_without_a_token_every_delivery_is_a_new_turn(stage):
@@ -424,22 +429,22 @@ def test_a_turn_of_another_call_gets_nothing_of_it(stage, claude):
 @meanwhile
 def test_a_long_call_costs_no_more_at_its_end(stage):
     claude = stage.claude
-    with stage.other_app(MAX_TURNS="500") as app:
-        phone = stage.phone(app)
-        phone.call()
-        for turn in range(1, 151):
-            phone.say(f"This is turn {turn}.")
-        requests = [claude.asked(f"This is turn {turn}.")[-1].messages for turn in range(1, 151)]
-        assert max(len(messages) for messages in requests) < 80, "what Claude is sent is bounded"
-        for messages, later in zip(requests, requests[1:]):
-            assert messages[0][0] == "user" and messages[-1][0] == "user" and all(words for _, words in messages)
-        jumps = sum(messages[0] != later[0] or later[: len(messages)] != messages for messages, later in zip(requests, requests[1:]))
-        assert jumps < 8, "between two jumps it only grows at its end, as prompt caching needs"
-        assert ("user", "This is turn 149.") in requests[-1]
-        with contextlib.closing(sqlite3.connect(app.database)) as database:
-            history = "SELECT words FROM turns WHERE call_sid = 'x' AND turn BETWEEN 1 AND 9"
-            plan = database.execute(f"EXPLAIN QUERY PLAN {history}").fetchall()
-        assert "SEARCH" in plan[0][3], "earlier turns are found, not searched for"
+    app = stage.app
+    phone = stage.phone(app)
+    phone.call()
+    for turn in range(1, 151):
+        phone.say(f"This is turn {turn}.")
+    requests = [claude.asked(f"This is turn {turn}.")[-1].messages for turn in range(1, 151)]
+    assert max(len(messages) for messages in requests) < 80, "what Claude is sent is bounded"
+    for messages, later in zip(requests, requests[1:]):
+        assert messages[0][0] == "user" and messages[-1][0] == "user" and all(words for _, words in messages)
+    jumps = sum(messages[0] != later[0] or later[: len(messages)] != messages for messages, later in zip(requests, requests[1:]))
+    assert jumps < 8, "between two jumps it only grows at its end, as prompt caching needs"
+    assert ("user", "This is turn 149.") in requests[-1]
+    with contextlib.closing(sqlite3.connect(app.database)) as database:
+        history = "SELECT words FROM turns WHERE call_sid = 'x' AND turn BETWEEN 1 AND 9"
+        plan = database.execute(f"EXPLAIN QUERY PLAN {history}").fetchall()
+    assert "SEARCH" in plan[0][3], "earlier turns are found, not searched for"
 
 
 def test_the_callers_words_are_data(stage, claude):
