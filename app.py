@@ -98,7 +98,6 @@ TALKING = urlsplit(settings.public_url).path + "/talking"
 
 app = Flask(__name__, static_folder=None)
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # a minute of speech is 12 kB at most, in the longest encoding
-app.url_map.merge_slashes = False  # it answers // with a redirect, and Twilio loses what the caller said on the way
 # One proxy in front says how it was called: every platform has one. A client who lies about it gains nothing, as the
 # signature is made with the true address.
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)

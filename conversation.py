@@ -395,7 +395,7 @@ UNSPEAKABLE = [
         (r"[ \t]*\|[ \t]*", ", "),
         (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),  # 2 * 3 is a product, 2**3 a power; every other star is emphasis
         (r"(?<=\d)[ \t]*\*\*[ \t]*(?=\d)", " ^ "),
-        (r"[*`]|~~|(?<!\w)_+|_+(?!\w)|\\(?=[^\w\s])", ""),
+        (r"[*`]|~~|(?<!\w)_+|_+(?!\w)|\\(?=[^\w\s]|_)", ""),
         # Arrows, boxes and emoji, with what joins and colours them. Letters and marks of all scripts are elsewhere, and
         # so are signs that have a name, like ° and ≤.
         ("[\u2190-\u21ff\u2300-\u245f\u2500-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff]\u200d?", " "),

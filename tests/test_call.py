@@ -215,6 +215,7 @@ SPOKEN = {
     "~~~\ncode\n~~~\nThat was code.": "code. That was code.",
     "One\n===\ntext\n***\nmore\n___\nend": "One. text. more. end",
     "• milk\n  - soy\n+ tea\n": "milk. soy. tea.",
+    r"Not \*so\* \_so\_.": "Not so so.",
     r"1\. Take \#4 \(or 5\).": "1. Take #4 (or 5).",
     "Go → there ⤴ then ⬆ up.": "Go there then up.",
     "England \U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f wins.": "England wins.",
@@ -341,4 +342,5 @@ def test_words_and_a_key_reach_claude_together(stage, claude):
 def test_a_reply_that_grows_in_xml_fits_too(phone, claude):
     claude.when("Say a lot of ands.", Reply("And " + "&&&& " * 3400))
     phone.call()
-    assert phone.say("Say a lot of ands.").count("&") == 4 * 3400
+    for _ in range(2):  # the second time all of it is there at once
+        assert phone.say("Say a lot of ands.", token="the same").count("&") == 4 * 3400

@@ -274,6 +274,7 @@ def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(stage):
         old.call(), old.say("Old marmalade."), new.call(), new.say("New tarragon.")
         with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as database:
             database.execute("UPDATE turns SET touched = touched - 86401 WHERE call_sid = ?", [old.call_sid])
+            database.execute("UPDATE turns SET touched = touched - 86000 WHERE call_sid = ?", [new.call_sid])
         if occasion == "the next call":
             next_one.call(), next_one.say("Hello?")
         else:
