@@ -133,11 +133,10 @@ def only_twilio():
         abort(400, "No CallSid: this is not about a call.")
     if settings.allowed_callers and other_party() not in settings.allowed_callers:
         log.info("call %s: ...%s is not in ALLOWED_CALLERS", request.values["CallSid"], other_party()[-3:])
+        if request.endpoint != "call_comes_in":
+            return goodbye("")  # it has been answered already
         response = VoiceResponse()
-        if request.endpoint == "call_comes_in":
-            response.reject()  # the call isn't answered, and costs nothing
-        else:
-            response.hangup()  # it is too late for that
+        response.reject()  # it isn't answered, and costs nothing
         return twiml(response)
     return None
 

@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from urllib.parse import parse_qsl, quote_plus, urlencode, urljoin, urlsplit
+from urllib.parse import quote_plus, urlencode, urljoin, urlsplit
 from xml.etree import ElementTree
 
 ROOT = pathlib.Path(__file__).parent.parent
