@@ -1,0 +1,19 @@
+"""The tests are phone calls, and beside them stand the programs that they call with.
+
+Programs, each of which also runs on its own:
+
+    python -m tests.phone    a telephone, with a pretend Twilio behind it: calls the line
+    python -m tests.claude   a pretend Claude: answers the line as Anthropic's API does
+    python -m tests.bench    measures how long callers wait, and what a turn costs
+
+Tests, all of which ``python -m pytest`` runs:
+
+    conftest.py              the stage: the apps, the phones and the pretend Claudes that the tests share
+    test_call.py             a call as the caller hears it, and what Claude is sent
+    test_trouble.py          Claude fails, in every way it can
+    test_hard_to_kill.py     processes die, disks fill up, callers hang up
+    test_who_may_call.py     only Twilio gets in, and only for those who may call
+    test_connect.py          ``flask connect`` and ``flask ring``
+    test_readme.py           the README keeps its word
+    test_phone.py            the telephone is as strict as Twilio
+"""

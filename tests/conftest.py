@@ -1,12 +1,12 @@
 """The stage for the tests: one app under gunicorn, with the pretend Claude behind it and the pretend Twilio in front.
 
-Tests that need other settings, or that kill the app, start one of their own. Those that mostly wait are marked with
-``@meanwhile``: they begin together, in threads, before the first test, and are looked at when their turn comes. They
-have a stage to themselves, so that what Claude is asked in them disturbs nobody who counts.
+Tests that need other settings, or that kill the app, start one of their own. Tests that mostly wait are marked with
+``@meanwhile``: all of them begin together, in threads, before the first test. They have a stage to themselves, so that
+what Claude is asked in them disturbs no test that counts.
 """
 
 import concurrent.futures
-import functools
+import contextlib
 import time
 
 import pytest
@@ -17,23 +17,15 @@ from tests.phone import App, Phone
 TOKEN = "12345"  # the auth token of Twilio's own example
 PUBLIC_URL = "https://line.example.com"
 PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.7"}
+# The proxy of these tests is on loopback, and there gunicorn itself would believe its X-Forwarded-Proto. Proxies in the
+# world are elsewhere; so gunicorn is told to believe another machine only, and the app has to see to it.
+PROXY_ELSEWHERE = "--forwarded-allow-ips=203.0.113.9"
 
-_waiting = {}  # name of a test that mostly waits: the function, and then its future
-
-
-def meanwhile(test):
-    """Run this test in a thread, from the start of the session on. It takes ``stage``, and nothing else."""
-    _waiting[test.__name__] = test
-
-    @functools.wraps(test)
-    def look(stage):
-        _waiting[test.__name__].result()
-
-    return look
+meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and no other fixture
 
 
-def wait_until(true, seconds=10.0):
-    """What this returns, once it is true."""
+def wait_until(true, seconds=60.0):
+    """What this returns, once it is true. A busy machine may take its time; only what never happens fails."""
     until = time.monotonic() + seconds
     while not (now := true()):
         assert time.monotonic() < until, "it never happened"
@@ -63,31 +55,69 @@ class Stage:
         """An app of one's own, as a context manager."""
         return App(self.settings(**more), arguments=arguments)
 
+    def shared_app(self):
+        """The app that the tests share, as a context manager."""
+        # Calls longer than the default's hundred turns are made as well.
+        return self.other_app(PROXY_ELSEWHERE, MAX_TURNS="500")
+
     def phone(self, app=None, **more):
         """A phone that calls the way Twilio does, through a proxy that ends the encryption."""
-        return Phone((app or self.app).url, TOKEN, **{"public_url": PUBLIC_URL, "headers": PROXY, **more})
+        app = app or self.app
+        return Phone(app.url, app.token, **{"public_url": PUBLIC_URL, "headers": PROXY, **more})
 
 
 @pytest.fixture(scope="session")
 def stage(request):
-    # Of the tests that were asked for only: ``pytest -k greeting`` waits for nothing.
-    chosen = {item.name for item in request.session.items}
-    with Claude() as claude, Claude() as behind, concurrent.futures.ThreadPoolExecutor(64) as threads:
-        stage, backstage = Stage(claude), Stage(behind)
-        # Calls longer than the default's hundred turns are made as well.
-        with stage.other_app(MAX_TURNS="500") as stage.app, backstage.other_app(MAX_TURNS="500") as backstage.app:
-            for name, test in _waiting.items():
-                if name in chosen:
-                    _waiting[name] = threads.submit(test, backstage)
-            yield stage
-            for test in _waiting.values():
-                if not callable(test):
-                    concurrent.futures.wait([test])  # before their app is taken away
+    with contextlib.ExitStack() as stack:
+        stage, backstage = (Stage(stack.enter_context(Claude())) for _ in range(2))
+        for one in (stage, backstage):
+            one.app = stack.enter_context(one.shared_app())
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))  # leaving it waits for all of them
+        for item in request.session.items:
+            if item.get_closest_marker("meanwhile"):
+                item.stash[BEGUN] = threads.submit(item.function, backstage)
+        yield stage
+        threads.shutdown(cancel_futures=True)
+        for one in (stage, backstage):
+            no_traceback_in(one.app.log())
+
+
+BEGUN = pytest.StashKey()  # the future of a test that has begun in a thread
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Where pytest would call a test: one that has begun already isn't called, its end is waited for."""
+    if BEGUN in pyfuncitem.stash:
+        pyfuncitem.stash[BEGUN].result()
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that have begun at the start are looked at last."""
+    items.sort(key=lambda item: item.get_closest_marker("meanwhile") is not None)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "meanwhile: mostly waits, so it begins at the start, in a thread")
+
+
+def no_traceback_in(log):
+    """No test of its own looks for tracebacks in what all share: one would fail them all. It is looked for at the end."""
+    before, traceback, after = log.partition("Traceback")
+    assert not traceback, f"the app that tests share has printed {before[-300:]}{traceback}{after[:3000]}"
 
 
 @pytest.fixture
 def claude(stage):
     return stage.claude
+
+
+@pytest.fixture
+def logged(stage):
+    """A function that returns what the app has printed since this test began."""
+    before = len(stage.app.log())
+    return lambda: stage.app.log()[before:]
 
 
 @pytest.fixture
@@ -98,8 +128,3 @@ def phone(stage):
     if not phone.ended:
         phone.hang_up()
     assert phone.warnings == []
-
-
-def pytest_collection_modifyitems(items):
-    """Those that have been waiting come last."""
-    items.sort(key=lambda item: item.name in _waiting)

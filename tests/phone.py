@@ -3,6 +3,8 @@
     python -m tests.phone                               starts the app as the Procfile does, and calls it
     python -m tests.phone https://my-line.example.com   calls a running one, signing with TWILIO_AUTH_TOKEN
 
+An app that the telephone starts gets TWILIO_AUTH_TOKEN from this shell, or a random one where the shell has none.
+
 It does with the TwiML what Twilio does, and as strictly: it signs its requests, resolves relative URLs, follows
 <Redirect>, goes on behind a <Gather> in which nobody speaks, gives up after 15 seconds, asks the fallback URL, and ends
 the call with Twilio's error where Twilio would. In a test a call reads like one:
@@ -19,6 +21,7 @@ import contextlib
 import hashlib
 import hmac
 import http.client
+import math
 import os
 import pathlib
 import secrets
@@ -32,12 +35,13 @@ import sys
 import tempfile
 import threading
 import time
-from urllib.parse import quote_plus, urlencode, urljoin, urlsplit
+from typing import NamedTuple
+from urllib.parse import parse_qsl, quote_plus, urldefrag, urlencode, urljoin, urlsplit
 from xml.etree import ElementTree
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEAKING_RATE = 2.7  # words a second
-TIMEOUT = 15  # seconds in all for a webhook, https://www.twilio.com/docs/voice/twiml
+TIMEOUT = 15  # seconds for a webhook, all its tries together, https://www.twilio.com/docs/voice/twiml
 LARGEST_DOCUMENT = 64 * 1024
 
 # The part of TwiML that this telephone knows: the verbs and what each may be given.
@@ -62,6 +66,35 @@ class TwilioError(Exception):
         self.code = code
 
 
+class NoConnection(OSError):
+    """Nobody answers the door."""
+
+
+class Retries(NamedTuple):
+    """How often Twilio tries a webhook again, and why: what the fragment of its URL says, as in "#rc=3&rp=5xx,ct".
+
+    https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides
+    """
+
+    count: int = 1
+    reasons: tuple = ("ct",)  # "ct": no connection; "rt": no answer in time; "4xx", "5xx"; "all": any of them
+    connect: float = 5.0  # seconds for each try to connect ...
+    read: float = 15.0  # ... and then to wait for the answer
+
+    @classmethod
+    def of(cls, fragment):
+        """Raises ValueError for what Twilio wouldn't understand."""
+        given = dict(parse_qsl(fragment, strict_parsing=True)) if fragment else {}
+        count, reasons = int(given.pop("rc", 1)), tuple(given.pop("rp", "ct").split(","))
+        seconds = [int(given.pop(name, most)) / 1000 for name, most in (("ct", 5000), ("rt", 15000))]
+        if given or not 0 <= count <= 5 or set(reasons) - {"4xx", "5xx", "ct", "rt", "all"}:
+            raise ValueError(fragment)
+        return cls(count, reasons, *seconds)
+
+    def are_for(self, failure):
+        return failure is not None and (failure in self.reasons or "all" in self.reasons)
+
+
 class Phone:
     """One call to the line.
 
@@ -75,6 +108,10 @@ class Phone:
         params: more of what Twilio posts, or something else than usual.
 
     Every verb of the caller returns what is heard until the line listens again, or the call has ended.
+
+    Attributes that a test may look at, beside those that ``__init__`` explains:
+        gather: the attributes of the <Gather> that listens now, or None.
+        on_hearing: a function that is called with each text that is heard, before Twilio goes on in the document.
     """
 
     def __init__(
@@ -114,14 +151,15 @@ class Phone:
         self.webhooks = []  # every request, as (url, parameters, seconds, status)
         self.warnings = []
         self.documents = []
-        self._gather = None
+        self.gather = None
+        self.on_hearing = None
         self._base = self.public_url + "/"
 
     # What the caller does
 
     def call(self):
         """Dial."""
-        return self._turn(self._fetch, self.public_url + "/", self.method)
+        return self.webhook("/", method=self.method)
 
     def say(self, words, token=None):
         """Speak, whatever is being said at the moment. The same token again is the same delivery again."""
@@ -133,7 +171,7 @@ class Phone:
         """Press keys, one quickly after the other."""
         if not self.listens_to("dtmf"):
             return self.stay_silent()
-        finish, most = self._gather.get("finishOnKey", "#"), int(self._gather.get("numDigits", 1000))
+        finish, most = self.gather.get("finishOnKey", "#"), int(self.gather.get("numDigits", 1000))
         digits = ""
         for key in keys[:most]:
             if key in finish:
@@ -143,7 +181,7 @@ class Phone:
 
     def stay_silent(self):
         """Let the line wait in vain."""
-        if self._gather.get("actionOnEmptyResult") == "true":
+        if self.gather.get("actionOnEmptyResult") == "true":
             return self._turn(self._fetch, *self._action(), {"SpeechResult": ""})
         return self._turn(list, self._after_gather)
 
@@ -152,11 +190,35 @@ class Phone:
         self.ended = self.ended or "hung up by the caller"
         self.params["CallStatus"] = status
         with contextlib.suppress(TwilioError, OSError):
-            self._ask(self.public_url + "/status_callback", "POST", {"CallDuration": "1"})
+            self._ask(self._absolute("/status_callback"), "POST", {"CallDuration": "1"})
 
     def listens_to(self, what):
         """Whether the line listens now, to "speech" or to "dtmf"."""
-        return self._gather is not None and what in self._gather.get("input", "dtmf").split()
+        return self.gather is not None and what in self.gather.get("input", "dtmf").split()
+
+    # What a test may have Twilio do, out of turn
+
+    def webhook(self, path, params=(), method="POST"):
+        """Fetch a document as Twilio does, with these parameters and the call's own, and do what the document says.
+
+        Args:
+            path: a path of the line, or a whole URL.
+
+        Returns:
+            What is heard, as for the verbs of the caller.
+        """
+        return self._turn(self._fetch, self._absolute(path), method, dict(params))
+
+    def request(self, method, path, params=(), token=None):
+        """Make one signed request with these parameters only; its answer changes nothing in the call.
+
+        Returns:
+            The response: its ``status``, ``headers`` and ``body``.
+        """
+        return self._send(self._absolute(path), method, dict(params), secrets.token_hex(8) if token is None else token)
+
+    def _absolute(self, path):
+        return path if "://" in path else self.public_url + path
 
     # What Twilio does
 
@@ -165,12 +227,12 @@ class Phone:
         if self.ended:
             raise AssertionError(f"the call is over: {self.ended}")
         self._asked = time.monotonic()
-        self._gather, self._spoken_until, so_far = None, None, len(self.said)
+        self.gather, self._spoken_until, so_far = None, None, len(self.said)
         try:
             verbs = fetch(*what)
-            while verbs is not None:
+            while verbs is not None and self.ended is None:
                 verbs = self._run(verbs)
-            if self._gather is None and self.ended is None:
+            if self.gather is None and self.ended is None:
                 self.ended = "hangup"  # Twilio hangs up behind the last verb
         except TwilioError as error:
             self.ended = str(error)
@@ -181,6 +243,8 @@ class Phone:
         """Run verbs; returns those of the next document, or None."""
         verbs = list(verbs)
         for position, verb in enumerate(verbs):
+            if self.ended:  # the caller hung up while something was said
+                return None
             if verb.tag == "Say":
                 self._say(verb, cut_in=False)
             elif verb.tag == "Pause":
@@ -195,7 +259,7 @@ class Phone:
                 return None
             elif verb.tag == "Gather":
                 self.params["CallStatus"] = "in-progress"
-                self._gather, self._after_gather = verb, verbs[position + 1 :]
+                self.gather, self._after_gather = dict(verb.attrib), verbs[position + 1 :]
                 for nested in verb:
                     self._say(nested, cut_in=True) if nested.tag == "Say" else None
                 return None
@@ -221,6 +285,8 @@ class Phone:
     def spoken(self, text, cut_in):
         """The caller hears this. A subclass may show it."""
         self.said.append((text, time.monotonic(), cut_in))
+        if self.on_hearing:
+            self.on_hearing(text)
         if not cut_in:  # while something nested is said the caller may answer already
             self._pass_time(len(text.split()) / (self.speaking_rate or 1))
 
@@ -229,7 +295,7 @@ class Phone:
             time.sleep(seconds)
 
     def _action(self):
-        return urljoin(self._base, self._gather.get("action", self._base)), self._gather.get("method", "POST")
+        return urljoin(self._base, self.gather.get("action", self._base)), self.gather.get("method", "POST")
 
     def _fetch(self, url, method, params=(), token=None):
         """The verbs of the document at this URL, or else of the fallback."""
@@ -237,19 +303,21 @@ class Phone:
             return self._document(url, method, dict(params), token)
         except TwilioError as error:
             self.warnings.append(str(error))
-            return self._document(self.public_url + "/talking", "POST", {"ErrorCode": str(error.code), "ErrorUrl": url})
+            fallback = {"ErrorCode": str(error.code), "ErrorUrl": urldefrag(url).url}
+            return self._document(self._absolute("/talking"), "POST", fallback)
 
     def _document(self, url, method, params, token=None):
-        status, content_type, body = self._ask(url, method, params, token)
-        self._base = url
-        self.documents.append(body)
-        if status >= 400:
-            raise TwilioError(11200, f"HTTP {status} from {url}")
+        response = self._ask(url, method, params, token)
+        self._base = url = urldefrag(url).url
+        self.documents.append(response.body)
+        if response.status >= 400:
+            raise TwilioError(11200, f"HTTP {response.status} from {url}")
+        content_type = response.headers.get_content_type()
         if content_type == "text/plain":
-            return [self._plain(body)]
+            return [self._plain(response.body)]
         if content_type not in ("text/xml", "application/xml"):
             raise TwilioError(12300, f"content type {content_type}")
-        return list(parse(body))
+        return list(parse(response.body))
 
     @staticmethod
     def _plain(body):
@@ -258,31 +326,54 @@ class Phone:
         return say
 
     def _ask(self, url, method, params, token=None):
-        """One webhook, signed; tried twice if nobody answers the door, as the same delivery. Follows redirects."""
+        """The answer to one webhook, which is signed. Follows redirects."""
         params = {**self.params, **params}
         delivery = secrets.token_hex(8) if token is None else token
         for _ in range(10):
-            began = time.monotonic()
-            try:
-                response = self._send(url, method, params, delivery)
-            except ConnectionRefusedError:
-                time.sleep(0.1)
-                try:
-                    response = self._send(url, method, params, delivery)
-                except ConnectionRefusedError as error:
-                    raise TwilioError(11205, f"no connection to {url}") from error
-            except (OSError, http.client.HTTPException) as error:
-                raise TwilioError(11200, f"no answer from {url}: {type(error).__name__}") from error
-            seconds = time.monotonic() - began
-            self.webhooks.append((url, params, seconds, response.status))
-            if seconds > TIMEOUT:
-                raise TwilioError(11205, f"no answer from {url} within {TIMEOUT} s")
+            response = self._deliver(url, method, params, delivery)
             if response.status not in (301, 302, 303, 307, 308):
-                return response.status, response.headers.get_content_type(), response.body
+                return response
             url, method, params = urljoin(url, response.headers["location"]), "GET", {}
         raise TwilioError(11215, "too many redirects")
 
-    def _send(self, url, method, params, delivery):
+    def _deliver(self, url, method, params, delivery):
+        """The answer to one delivery. What fails is tried again as the fragment of the URL says, as the same delivery.
+
+        Without a fragment it is tried once more, if there is no connection.
+        """
+        url, fragment = urldefrag(url)
+        try:
+            retries = Retries.of(fragment)
+        except ValueError:
+            retries = Retries()
+            self.warnings.append(f"connection overrides that Twilio wouldn't understand: {fragment}")
+        until = time.monotonic() + TIMEOUT
+        for more in reversed(range(retries.count + 1)):
+            began = time.monotonic()
+            failure = error = None
+            try:
+                response = self._send(url, method, params, delivery, retries, until)
+            except NoConnection as trouble:
+                failure = "ct"
+                error = TwilioError(11205, f"no connection to {url}: {type(trouble.__cause__).__name__}")
+            except (OSError, http.client.HTTPException) as trouble:
+                # Which reason it is when the connection breaks off isn't documented: so it is none but "all".
+                failure = "rt" if isinstance(trouble, TimeoutError) else "broken off"
+                error = TwilioError(11200, f"no answer from {url}: {type(trouble).__name__}")
+            else:
+                self.webhooks.append((url, params, time.monotonic() - began, response.status))
+                if response.status >= 400:
+                    failure = f"{response.status // 100}xx"
+                if time.monotonic() > until:
+                    error = TwilioError(11205, f"no answer from {url} within {TIMEOUT} s")
+            if not (more and retries.are_for(failure) and time.monotonic() < until):
+                break
+            time.sleep(0.1)
+        if error:
+            raise error
+        return response
+
+    def _send(self, url, method, params, delivery, retries=Retries(), until=math.inf):
         """One HTTP request, as Twilio makes it."""
         if method == "GET" and params:
             url += ("&" if "?" in url else "?") + urlencode(params)
@@ -295,9 +386,18 @@ class Phone:
             headers["X-Twilio-Signature"] = sign(self.token, url, params if method == "POST" else {})
         headers["Host"] = urlsplit(url).netloc
         to = urlsplit(url.replace(self.public_url, self.url, 1))
+
+        def left():
+            return max(0.01, until - time.monotonic())  # 0 would mean: don't wait at all
+
         connection_class = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
-        connection = connection_class(to.hostname, to.port, timeout=TIMEOUT)
+        connection = connection_class(to.hostname, to.port, timeout=min(retries.connect, left()))
         with contextlib.closing(connection):
+            try:
+                connection.connect()
+            except OSError as error:
+                raise NoConnection from error
+            connection.sock.settimeout(min(retries.read, left()))
             connection.request(method, to._replace(scheme="", netloc="").geturl(), body, {**headers, **self.headers})
             response = connection.getresponse()
             response.body = response.read()
@@ -345,11 +445,28 @@ def parse(body):
     return response
 
 
+@contextlib.contextmanager
+def no_interruption():
+    """Ctrl-C has to wait for the end of this block. Only the main thread is ever interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupted = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
 class App:
     """The app, started as the Procfile does, on a free loopback port, with a database of its own.
 
     Args:
-        environ: its environment variables; none are inherited but those that a program needs to run.
+        environ: its environment variables; none are inherited but those that a program needs to run. It gets a
+            TWILIO_AUTH_TOKEN of its own where none is given: without one no call would be answered.
         folder: where app.py and the Procfile are.
         arguments: more for gunicorn.
     """
@@ -366,7 +483,9 @@ class App:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         basics = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
-        self.environ = {**basics, "DATABASE_URL": f"sqlite:///{self.database}", **(environ or {})}
+        own = {"DATABASE_URL": f"sqlite:///{self.database}", "TWILIO_AUTH_TOKEN": secrets.token_hex(16)}
+        self.environ = {**basics, **own, **(environ or {})}
+        self.token = self.environ["TWILIO_AUTH_TOKEN"]  # what a Phone signs with
         self.process = None
 
     def start(self):
@@ -381,18 +500,19 @@ class App:
         command = shlex.split(procfile.read_text().partition("web:")[2].splitlines()[0])
         command = [sys.executable, "-m", *command]  # gunicorn, of this environment
         bind = f"--bind 127.0.0.1:{self.port} {self.arguments}"
-        with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**self.environ, "GUNICORN_CMD_ARGS": bind},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # so that it and its workers can be ended together
-            )
         try:
-            until = time.monotonic() + 30
+            # Without a Ctrl-C in between: a process that has no name yet couldn't be ended.
+            with open(self.log_path, "ab") as log, no_interruption():
+                self.process = subprocess.Popen(
+                    command,
+                    cwd=self.folder,
+                    env={**self.environ, "GUNICORN_CMD_ARGS": bind},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # so that it and its workers can be ended together
+                )
+            until = time.monotonic() + 120  # seconds: on a very busy machine a start takes most of a minute
             while time.monotonic() < until and self.process.poll() is None:
                 if self._answers():
                     return self
@@ -526,18 +646,23 @@ def main():
                 settings = dict(os.environ)
                 for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
                     settings.pop(elsewhere, None)
-                url = stack.enter_context(App(settings, folder=os.getcwd())).url
+                if not token:
+                    settings.pop("TWILIO_AUTH_TOKEN", None)  # it may be empty: the app shall get one of its own
+                app = App(settings, folder=os.getcwd())
+                stack.push(app)  # before it is started, so that it is ended even if that is interrupted
+                url, token = app.start().url, app.token
             phone = TerminalPhone(url, token, number=options.number)
             print(f"Calling {url}\n")
             converse(phone)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what was started is being ended
             print("\nHung up.")
             if phone:
                 phone.hang_up()
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
-    return 1 if phone.ended.startswith("Twilio error") else 0
+    return 1 if phone and phone.ended.startswith("Twilio error") else 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import conversation
 from tests.claude import Reply
 from tests.conftest import meanwhile, wait_until
 
-TALKING = "https://line.example.com/talking"
-
 SENTENCES = "Here is the first sentence of it. Here comes the second one, too. And this is the third and last."
 
 
@@ -39,7 +37,8 @@ def test_a_conversation(phone, claude):
 
 def test_two_calls_share_nothing(stage, claude):
     one, other = stage.phone(), stage.phone()
-    one.call(), other.call()
+    one.call()
+    other.call()
     one.say("The password is swordfish.")
     other.say("What is the password in this call?")
     (request,) = claude.asked("What is the password in this call?")
@@ -48,8 +47,7 @@ def test_two_calls_share_nothing(stage, claude):
 
 def test_every_field_of_gather_is_chosen(phone):
     phone.call()
-    gather = dict(phone._gather.attrib)
-    assert gather == {
+    assert phone.gather == {
         "input": "speech dtmf", "action": "/talking", "method": "POST", "timeout": "5", "speechTimeout": "auto",
         "profanityFilter": "false", "numDigits": "1", "finishOnKey": "",
     }
@@ -81,10 +79,11 @@ def test_a_reply_that_is_done_goes_out_in_one_answer(phone, claude):
 
 
 def test_a_very_short_first_sentence_takes_the_next_one_with_it(phone, claude):
-    claude.when("Are you sure?", Reply("Sure. I have looked it up this very morning. It is true.", pace=60))
+    # What comes behind it is written for a minute, so not even a busy machine says all of it at once.
+    claude.when("Are you sure?", Reply("Sure. I have looked it up this very morning. " + "It is true. " * 100, pace=5))
     phone.call()
-    phone.say("Are you sure?")
-    assert phone.said[1][0] == "Sure. I have looked it up this very morning."
+    phone.on_hearing = lambda text: phone.hang_up()
+    assert phone.say("Are you sure?") == "Sure. I have looked it up this very morning."
 
 
 @meanwhile
@@ -183,7 +182,8 @@ def test_an_endless_call_ends_with_a_goodbye(stage):
     with stage.other_app(MAX_TURNS="2") as app:
         phone = stage.phone(app)
         phone.call()
-        phone.say("One."), phone.say("Two.")
+        phone.say("One.")
+        phone.say("Two.")
         assert not phone.ended
         assert phone.say("Three.").endswith("Goodbye!")
         assert phone.ended == "hangup"
@@ -264,7 +264,7 @@ def test_who_talks_about_something_else_ends_the_reply_before(stage, claude):
     phone = stage.phone()
     phone.call()
     # Twilio is answered with the first sentence, and then the caller gets a word in before it asks for the rest.
-    phone._ask(TALKING, "POST", {"SpeechResult": "Tell me all you know."})
+    phone.request("POST", "/talking", {**phone.params, "SpeechResult": "Tell me all you know."})
     assert phone.say("No, something else.") == "Gladly, what is it?"
     (request,) = claude.asked("Tell me all you know.")
     wait_until(lambda: request.closed_by_caller)
@@ -278,7 +278,7 @@ def test_an_answer_that_is_there_is_heard_at_once(phone):
     phone.call()
     for number in range(5):  # a busy machine may be slow once, but not every time
         phone.say(f"Quickly, number {number}.")
-    assert min(phone.waits[1:]) < 0.3
+    assert min(phone.waits[1:]) < 0.9, "less than a PULSE: it isn't looked for, it is told of"
 
 
 def test_who_writes_without_a_full_stop_is_heard_all_the_same(phone, claude):
@@ -326,7 +326,8 @@ def test_when_all_has_been_heard_nothing_is_added(stage, claude, hang_up):
 
 
 def test_claude_is_told_how_to_hang_up_and_what_to_keep(phone, claude):
-    phone.call(), phone.say("What can you do?")
+    phone.call()
+    phone.say("What can you do?")
     body = claude.asked("What can you do?")[0].body
     assert [tool["name"] for tool in body["tools"]] == ["hang_up"]
     assert body["cache_control"] == {"type": "ephemeral"}, "the prompt is paid for once"
@@ -335,7 +336,7 @@ def test_claude_is_told_how_to_hang_up_and_what_to_keep(phone, claude):
 def test_words_and_a_key_reach_claude_together(stage, claude):
     phone = stage.phone()
     phone.call()
-    phone._turn(phone._fetch, TALKING, "POST", {"SpeechResult": "My choice is", "Digits": "5"})
+    phone.webhook("/talking", {"SpeechResult": "My choice is", "Digits": "5"})
     assert claude.requests[-1].words == "My choice is [The caller pressed 5]"
 
 
