@@ -123,13 +123,13 @@ class Line:
 # --- The callers ------------------------------------------------------------------------------------------------------
 
 
-def call(url, number, dials_after, turns, rate):
+def call(url, token, number, dials_after, turns, rate):
     """One caller, from dialling to hanging up. Without a speaking rate there is no listening and no thinking.
 
     Returns:
         (waits for the first word of a reply, dead air inside replies, what went wrong or None)
     """
-    person, phone, waits, lost = random.Random(number), Phone(url, speaking_rate=rate), [], None
+    person, phone, waits, lost = random.Random(number), Phone(url, token, speaking_rate=rate), [], None
     time.sleep(dials_after)
     try:
         phone.call()
@@ -150,14 +150,14 @@ def call(url, number, dials_after, turns, rate):
     return waits, [1000 * gap for gap in phone.gaps], lost
 
 
-def let_call(tells, url, claude_url, numbers, apart, turns, rate):
+def let_call(tells, url, token, claude_url, numbers, apart, turns, rate):
     """Some of the callers, ``apart`` seconds apart, each in a thread of this process.
 
     Tells:
         (their calls, how late this process and the pretend Claude were each time it was asked for a whole reply)
     """
     calls, late = [], []
-    arguments = [(url, number, number * apart, turns, rate) for number in numbers]
+    arguments = [(url, token, number, number * apart, turns, rate) for number in numbers]
     callers = [threading.Thread(target=lambda one=one: calls.append(call(*one)), daemon=True) for one in arguments]
     for caller in callers:
         caller.start()
@@ -195,7 +195,7 @@ def measure(lines, callers, turns, rate):
     parts = min(os.cpu_count() or 1, math.ceil(callers / MOST_TO_A_PROCESS))
     apart = CYCLE / max(20, callers)  # seconds between two who dial; a few needn't be spread so far
     jobs = [
-        (line.app.url, line.claude_url, range(part, callers, parts), apart, turns, rate)
+        (line.app.url, line.app.token, line.claude_url, range(part, callers, parts), apart, turns, rate)
         for part in range(parts)
         for line in lines
     ]

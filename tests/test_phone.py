@@ -1,5 +1,6 @@
 """The telephone itself: it must be as strict as Twilio, or the other tests prove nothing."""
 
+import contextlib
 import http.server
 import os
 import signal
@@ -7,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 import pytest
 
 from tests.conftest import meanwhile, wait_until
-from tests.phone import ROOT, Phone
+from tests.phone import ROOT, Phone, sign
 
 LISTEN = '<Gather input="speech dtmf" action="{action}"><Say>Go on.</Say></Gather>'
 
@@ -28,16 +30,21 @@ class Script(http.server.ThreadingHTTPServer):
             def answer(self):
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 self.server.asked.append((self.command, self.path, body.decode(), self.headers))
-                status, headers, body = self.server.answers[self.path.split("?")[0]]
+                answer = self.server.answers[self.path.split("?")[0]]
+                # A list is one answer after the other, and the last one for ever.
+                if isinstance(answer, list):
+                    answer = answer.pop(0) if len(answer) > 1 else answer[0]
+                status, headers, body = answer
                 if callable(body):
                     body = body()
                 self.send_response(status)
                 for name, value in {"Content-Type": "text/xml", "Content-Length": len(body.encode()), **headers}.items():
                     self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(body.encode())
+                with contextlib.suppress(ConnectionError):  # the telephone may have given up
+                    self.end_headers()
+                    self.wfile.write(body.encode())
 
-            do_GET = do_POST = answer
+            do_GET = do_POST = do_PUT = answer
 
             def log_message(self, *_):
                 pass
@@ -124,13 +131,102 @@ def test_keys_end_at_the_finishing_key_or_when_there_are_enough():
     for attributes, digits in [("", "12"), ('numDigits="1"', "1"), ('finishOnKey=""', "12%233"), ('finishOnKey="2"', "1")]:
         gather = f'<Gather input="dtmf" {attributes} action="/a"/>'
         with Script({"/": twiml(gather), "/a": twiml("<Hangup/>")}) as (server, phone):
-            phone.call(), phone.press("12#3")
+            phone.call()
+            phone.press("12#3")
             assert f"Digits={digits}&" in server.asked[-1][2]
 
 
 def test_a_delivery_that_finds_nobody_is_tried_again_as_the_same():
     phone = Phone("http://127.0.0.1:9")
     assert "application error" in phone.call() and "11205" in phone.ended
+
+
+BROKEN = (503, {}, "")
+
+
+def goes_on_at(url, method="POST"):
+    """A document that listens, and has Twilio fetch this URL with what the caller says."""
+    return twiml(f'<Gather input="speech" method="{method}" action="{url}"/>')
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_the_fragment_of_a_url_says_how_often_it_is_tried(method):
+    answers = {"/": goes_on_at("/next?a=1#rc=2&amp;rp=ct,5xx", method), "/next": [BROKEN, BROKEN, twiml("<Say>Here.</Say>")]}
+    with Script(answers) as (server, phone):
+        phone.token = "12345"
+        phone.call()
+        assert phone.say("Hello?") == "Here." and phone.warnings == []
+        tries = server.asked[1:]
+        assert [status for *_, status in phone.webhooks] == [200, 503, 503, 200]
+        (path,) = {path for _, path, _, _ in tries}
+        assert path.startswith("/next?a=1") and "#" not in path and "rc=" not in path, "the fragment isn't sent"
+        (token,) = {headers["I-Twilio-Idempotency-Token"] for *_, headers in tries}
+        assert token != server.asked[0][3]["I-Twilio-Idempotency-Token"]
+        params = dict(urllib.parse.parse_qsl(tries[0][2], keep_blank_values=True))
+        (signature,) = {headers["X-Twilio-Signature"] for *_, headers in tries}
+        assert signature == sign("12345", phone.url + path, params), "nor is it signed"
+
+
+@pytest.mark.parametrize("fragment, answer, tries", [
+    ("", BROKEN, 1), ("#rc=3", BROKEN, 1), ("#rp=5xx", BROKEN, 2), ("#rc=0&amp;rp=5xx", BROKEN, 1),
+    ("#rc=5&amp;rp=all", BROKEN, 6), ("#rc=2&amp;rp=4xx", BROKEN, 1), ("#rc=2&amp;rp=4xx,rt", (404, {}, ""), 3),
+    ("#rc=3&amp;rp=all", twiml(""), 1),
+    ("#rt=100&amp;rc=2&amp;rp=rt", (200, {}, lambda: time.sleep(0.5) or "<Response/>"), 3),
+    ("#rt=100&amp;rc=2", (200, {}, lambda: time.sleep(0.5) or "<Response/>"), 1),
+])
+def test_only_what_the_fragment_names_is_tried_again(fragment, answer, tries):
+    answers = {"/": goes_on_at(f"/next{fragment}"), "/next": answer, "/talking": twiml("<Say>Saved.</Say>")}
+    with Script(answers) as (server, phone):
+        phone.call()
+        assert phone.say("Hello?") == ("" if answer == twiml("") else "Saved.")
+        assert [path for _, path, _, _ in server.asked].count("/next") == tries
+        if answer != twiml(""):
+            assert f"ErrorUrl={urllib.parse.quote_plus(phone.url + '/next')}&" in server.asked[-1][2] + "&"
+
+
+def test_nobody_at_the_door_is_tried_as_often_as_the_fragment_says():
+    phone = Phone("http://127.0.0.1:9")
+    phone.webhook("http://127.0.0.1:9/#rc=0")
+    begun = time.monotonic()
+    phone = Phone("http://127.0.0.1:9")
+    phone.webhook("http://127.0.0.1:9/#rc=5")
+    assert time.monotonic() - begun >= 0.5, "a tenth of a second before each"
+    assert "11205" in phone.warnings[0]
+
+
+@pytest.mark.parametrize("fragment", ["rc=9", "rp=6xx", "rc=lots", "retries=3", "here"])
+def test_a_fragment_that_says_nothing_to_twilio_is_warned_of(fragment):
+    with Script({"/": goes_on_at(f"/next#{fragment}"), "/next": twiml("<Say>Here.</Say>")}) as (_, phone):
+        phone.call()
+        assert phone.say("Hello?") == "Here."
+        assert fragment in phone.warnings[0]
+
+
+@meanwhile
+def test_all_tries_together_have_fifteen_seconds(stage):
+    slow = (200, {}, lambda: time.sleep(6) or "<Response/>")
+    answers = {"/": goes_on_at("/next#rc=5&amp;rp=rt&amp;rt=5000"), "/next": slow, "/talking": twiml("<Say>Saved.</Say>")}
+    with Script(answers) as (server, phone):
+        phone.call()
+        assert phone.say("Hello?") == "Saved."
+        assert [path for _, path, _, _ in server.asked].count("/next") < 5
+
+
+def test_twilio_fetches_what_a_test_tells_it_and_a_request_changes_nothing_in_the_call():
+    answers = {"/": goes_on_at("/next"), "/other": twiml("<Say>Other.</Say><Redirect>/</Redirect>"), "/raw": twiml("<Hangup/>")}
+    with Script(answers) as (server, phone):
+        assert phone.webhook("/other", {"Digits": "7"}) == "Other."
+        assert f"CallSid={phone.call_sid}" in server.asked[0][2] and "Digits=7" in server.asked[0][2]
+        assert phone.gather == {"input": "speech", "method": "POST", "action": "/next"}
+        response = phone.request("PUT", "/raw", {"a": "b"}, token="mine")
+        assert (response.status, response.body) == (200, b"<Response><Hangup/></Response>")
+        assert server.asked[-1][:2] == ("PUT", "/raw") and phone.listens_to("speech") and not phone.ended
+
+
+def test_who_hangs_up_while_something_is_said_hears_no_more():
+    with Script({"/": twiml("<Say>One.</Say><Say>Two.</Say><Redirect>/</Redirect>")}) as (_, phone):
+        phone.on_hearing = lambda text: phone.hang_up()
+        assert phone.call() == "One." and phone.ended == "hung up by the caller"
 
 
 @meanwhile
@@ -142,9 +238,9 @@ def test_after_fifteen_seconds_twilio_asks_the_fallback(stage):
         assert "11200" in phone.warnings[0]
 
 
-def telephone(*arguments, **more):
-    """The telephone in a terminal, as a process; only what a fresh machine has in its environment."""
-    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+def telephone(*arguments, settings=None, **more):
+    """The telephone in a terminal, as a process; only what a fresh machine has in its environment, and the settings."""
+    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **(settings or {})}
     command = [sys.executable, "-m", "tests.phone", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **more)
@@ -153,7 +249,7 @@ def telephone(*arguments, **more):
 @meanwhile
 def test_three_turns_in_the_terminal_without_a_key(stage):
     process = telephone()
-    out, err = process.communicate("Hello there.\nHow are you?\n\n/5\nGood bye.\n/bye\n", timeout=50)
+    out, err = process.communicate("Hello there.\nHow are you?\n\n/5\nGood bye.\n/bye\n", timeout=120)
     assert "Hello, this is Claude speaking!" in out
     for heard in ("what I hear: Hello there.", "what I hear: How are you?", "pressed 5", "what I hear: Good bye."):
         assert heard in out
@@ -167,25 +263,33 @@ def descendants(pid):
     return children + [pid for child in children for pid in descendants(child)]
 
 
+def is_running(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return state not in ("", "Z", "Zs", "Z+")  # a zombie is gone, but for its number
+
+
 @meanwhile
 def test_ctrl_c_leaves_nothing_running(stage):
     for moment in ("Starting", "Calling"):
         process = telephone(start_new_session=True)
         while moment not in process.stdout.readline():
-            pass
+            assert process.poll() is None
         running = wait_until(lambda: descendants(process.pid))
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err
         for pid in running:
-            state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-            assert state in ("", "Z"), "gone, but for its number"
+            wait_until(lambda pid=pid: not is_running(pid))
 
 
 @meanwhile
 def test_a_running_line_is_called_with_its_address(stage):
     process = telephone("http://127.0.0.1:9")
-    out, _ = process.communicate("", timeout=20)
+    out, _ = process.communicate("", timeout=60)
     assert "Twilio error 11205" in out and process.returncode == 1
+    process = telephone(stage.app.url, settings={"TWILIO_AUTH_TOKEN": stage.app.token})
+    out, err = process.communicate("Hello there.\n/bye\n", timeout=60)
+    assert "You said: Hello there." in out and (process.returncode, err) == (0, "")
     process = telephone("my-line.example.com")
-    _, err = process.communicate("", timeout=20)
+    _, err = process.communicate("", timeout=60)
     assert "http://" in err and process.returncode == 2
