@@ -129,7 +129,8 @@ def call(url, token, number, dials_after, turns, rate):
     Returns:
         (waits for the first word of a reply, dead air inside replies, what went wrong or None)
     """
-    person, phone, waits, lost = random.Random(number), Phone(url, token, speaking_rate=rate), [], None
+    person, phone = random.Random(number), Phone(url, token, speaking_rate=rate)
+    waits, lost = [], None
     time.sleep(dials_after)
     try:
         phone.call()
@@ -195,7 +196,10 @@ def measure(lines, callers, turns, rate):
     parts = min(os.cpu_count() or 1, math.ceil(callers / MOST_TO_A_PROCESS))
     apart = CYCLE / max(20, callers)  # seconds between two who dial; a few needn't be spread so far
     jobs = [
-        (line.app.url, line.app.token, line.claude_url, range(part, callers, parts), apart, turns, rate)
+        (
+            line.app.url, line.app.token, line.claude_url,
+            range(part, callers, parts), apart, turns, rate,
+        )
         for part in range(parts)
         for line in lines
     ]

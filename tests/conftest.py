@@ -1,8 +1,10 @@
 """The stage for the tests: one app under gunicorn, with the pretend Claude behind it and the pretend Twilio in front.
 
-Tests that need other settings, or that kill the app, start one of their own. Tests that mostly wait are marked with
-``@meanwhile``: all of them begin together, in threads, before the first test. They have a stage to themselves, so that
-what Claude is asked in them disturbs no test that counts.
+Tests that need other settings, or that kill the app, start an app of their own.
+
+Tests that mostly wait are marked with ``@meanwhile``. All of them begin together, in threads, before
+the first test; when their turn comes only their end is waited for. They have a stage to themselves,
+so that the other tests can count what Claude was asked.
 """
 
 import concurrent.futures
@@ -17,15 +19,16 @@ from tests.phone import App, Phone
 TOKEN = "12345"  # the auth token of Twilio's own example
 PUBLIC_URL = "https://line.example.com"
 PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.7"}
-# The proxy of these tests is on loopback, and there gunicorn itself would believe its X-Forwarded-Proto. Proxies in the
-# world are elsewhere; so gunicorn is told to believe another machine only, and the app has to see to it.
+# The proxy of these tests calls from loopback, and from there gunicorn itself believes an
+# X-Forwarded-Proto. A platform's proxy calls from another machine, where only the app's ProxyFix does.
+# So gunicorn is told to believe one machine only, which never calls.
 PROXY_ELSEWHERE = "--forwarded-allow-ips=203.0.113.9"
 
-meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and no other fixture
+meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and nothing else
 
 
 def wait_until(true, seconds=60.0):
-    """What this returns, once it is true. A busy machine may take its time; only what never happens fails."""
+    """What this returns, once it is true. The patience is for a busy machine."""
     until = time.monotonic() + seconds
     while not (now := true()):
         assert time.monotonic() < until, "it never happened"
@@ -72,12 +75,12 @@ def stage(request):
         stage, backstage = (Stage(stack.enter_context(Claude())) for _ in range(2))
         for one in (stage, backstage):
             one.app = stack.enter_context(one.shared_app())
-        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))  # leaving it waits for all of them
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))
         for item in request.session.items:
             if item.get_closest_marker("meanwhile"):
                 item.stash[BEGUN] = threads.submit(item.function, backstage)
         yield stage
-        threads.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)  # waits for those that have begun: their app must stay
         for one in (stage, backstage):
             no_traceback_in(one.app.log())
 
@@ -86,7 +89,7 @@ BEGUN = pytest.StashKey()  # the future of a test that has begun in a thread
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    """Where pytest would call a test: one that has begun already isn't called, its end is waited for."""
+    """Where pytest would call a test: if the test has begun already, wait for its end instead."""
     if BEGUN in pyfuncitem.stash:
         pyfuncitem.stash[BEGUN].result()
         return True
@@ -94,18 +97,19 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that have begun at the start are looked at last."""
+    """Put the tests that begin at the start last: nothing then waits for them."""
     items.sort(key=lambda item: item.get_closest_marker("meanwhile") is not None)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "meanwhile: mostly waits, so it begins at the start, in a thread")
+    config.addinivalue_line("markers", "meanwhile: mostly waits, so begin it at the start, in a thread")
 
 
 def no_traceback_in(log):
-    """No test of its own looks for tracebacks in what all share: one would fail them all. It is looked for at the end."""
+    """The one look for a traceback in a log that tests share: in each test, one would fail them all."""
     before, traceback, after = log.partition("Traceback")
-    assert not traceback, f"the app that tests share has printed {before[-300:]}{traceback}{after[:3000]}"
+    printed = f"{before[-300:]}{traceback}{after[:3000]}"
+    assert not traceback, f"some test made the app that they share print this:\n{printed}"
 
 
 @pytest.fixture

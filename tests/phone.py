@@ -3,7 +3,8 @@
     python -m tests.phone                               starts the app as the Procfile does, and calls it
     python -m tests.phone https://my-line.example.com   calls a running one, signing with TWILIO_AUTH_TOKEN
 
-An app that the telephone starts gets TWILIO_AUTH_TOKEN from this shell, or a random one where the shell has none.
+An app that the telephone starts gets this shell's TWILIO_AUTH_TOKEN, or a random one if the shell
+has none.
 
 It does with the TwiML what Twilio does, and as strictly: it signs its requests, resolves relative URLs, follows
 <Redirect>, goes on behind a <Gather> in which nobody speaks, gives up after 15 seconds, asks the fallback URL, and ends
@@ -41,7 +42,7 @@ from xml.etree import ElementTree
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEAKING_RATE = 2.7  # words a second
-TIMEOUT = 15  # seconds for a webhook, all its tries together, https://www.twilio.com/docs/voice/twiml
+TIMEOUT = 15  # seconds for all tries of a webhook together, https://www.twilio.com/docs/voice/twiml
 LARGEST_DOCUMENT = 64 * 1024
 
 # The part of TwiML that this telephone knows: the verbs and what each may be given.
@@ -71,13 +72,15 @@ class NoConnection(OSError):
 
 
 class Retries(NamedTuple):
-    """How often Twilio tries a webhook again, and why: what the fragment of its URL says, as in "#rc=3&rp=5xx,ct".
+    """How often Twilio tries a webhook again, and after which failures.
 
+    The fragment of the webhook's URL says so, as in "/talking#rc=3&rp=5xx,ct".
     https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides
     """
 
     count: int = 1
-    reasons: tuple = ("ct",)  # "ct": no connection; "rt": no answer in time; "4xx", "5xx"; "all": any of them
+    # "ct" is for no connection, "rt" for no answer in time, "4xx" and "5xx" for a status; or "all".
+    failures: tuple = ("ct",)
     connect: float = 5.0  # seconds for each try to connect ...
     read: float = 15.0  # ... and then to wait for the answer
 
@@ -85,14 +88,14 @@ class Retries(NamedTuple):
     def of(cls, fragment):
         """Raises ValueError for what Twilio wouldn't understand."""
         given = dict(parse_qsl(fragment, strict_parsing=True)) if fragment else {}
-        count, reasons = int(given.pop("rc", 1)), tuple(given.pop("rp", "ct").split(","))
-        seconds = [int(given.pop(name, most)) / 1000 for name, most in (("ct", 5000), ("rt", 15000))]
-        if given or not 0 <= count <= 5 or set(reasons) - {"4xx", "5xx", "ct", "rt", "all"}:
+        count, failures = int(given.pop("rc", 1)), tuple(given.pop("rp", "ct").split(","))
+        connect, read = int(given.pop("ct", 5000)) / 1000, int(given.pop("rt", 15000)) / 1000
+        if given or not 0 <= count <= 5 or set(failures) - {"4xx", "5xx", "ct", "rt", "all"}:
             raise ValueError(fragment)
-        return cls(count, reasons, *seconds)
+        return cls(count, failures, connect, read)
 
     def are_for(self, failure):
-        return failure is not None and (failure in self.reasons or "all" in self.reasons)
+        return failure is not None and (failure in self.failures or "all" in self.failures)
 
 
 class Phone:
@@ -111,7 +114,8 @@ class Phone:
 
     Attributes that a test may look at, beside those that ``__init__`` explains:
         gather: the attributes of the <Gather> that listens now, or None.
-        on_hearing: a function that is called with each text that is heard, before Twilio goes on in the document.
+        on_hearing: a function that is called with each text that is heard, before Twilio does what
+            comes next in the document.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class Phone:
     # What a test may have Twilio do, out of turn
 
     def webhook(self, path, params=(), method="POST"):
-        """Fetch a document as Twilio does, with these parameters and the call's own, and do what the document says.
+        """Fetch a document with these parameters and the call's own, and do what it says.
 
         Args:
             path: a path of the line, or a whole URL.
@@ -215,7 +219,8 @@ class Phone:
         Returns:
             The response: its ``status``, ``headers`` and ``body``.
         """
-        return self._send(self._absolute(path), method, dict(params), secrets.token_hex(8) if token is None else token)
+        delivery = secrets.token_hex(8) if token is None else token
+        return self._send(self._absolute(path), method, dict(params), delivery)
 
     def _absolute(self, path):
         return path if "://" in path else self.public_url + path
@@ -295,7 +300,8 @@ class Phone:
             time.sleep(seconds)
 
     def _action(self):
-        return urljoin(self._base, self.gather.get("action", self._base)), self.gather.get("method", "POST")
+        url = urljoin(self._base, self.gather.get("action", self._base))
+        return url, self.gather.get("method", "POST")
 
     def _fetch(self, url, method, params=(), token=None):
         """The verbs of the document at this URL, or else of the fallback."""
@@ -337,16 +343,16 @@ class Phone:
         raise TwilioError(11215, "too many redirects")
 
     def _deliver(self, url, method, params, delivery):
-        """The answer to one delivery. What fails is tried again as the fragment of the URL says, as the same delivery.
+        """The answer to one delivery. If it fails it is tried again, as the URL's fragment says.
 
-        Without a fragment it is tried once more, if there is no connection.
+        Without a fragment it is tried once more if there is no connection, and not after other failures.
         """
         url, fragment = urldefrag(url)
         try:
             retries = Retries.of(fragment)
         except ValueError:
             retries = Retries()
-            self.warnings.append(f"connection overrides that Twilio wouldn't understand: {fragment}")
+            self.warnings.append(f"Twilio wouldn't understand this fragment: {fragment}")
         until = time.monotonic() + TIMEOUT
         for more in reversed(range(retries.count + 1)):
             began = time.monotonic()
@@ -355,9 +361,10 @@ class Phone:
                 response = self._send(url, method, params, delivery, retries, until)
             except NoConnection as trouble:
                 failure = "ct"
-                error = TwilioError(11205, f"no connection to {url}: {type(trouble.__cause__).__name__}")
+                why = type(trouble.__cause__).__name__
+                error = TwilioError(11205, f"no connection to {url}: {why}")
             except (OSError, http.client.HTTPException) as trouble:
-                # Which reason it is when the connection breaks off isn't documented: so it is none but "all".
+                # A connection that breaks off has no name of its own in Twilio's list: only "all" is for it.
                 failure = "rt" if isinstance(trouble, TimeoutError) else "broken off"
                 error = TwilioError(11200, f"no answer from {url}: {type(trouble).__name__}")
             else:
@@ -465,8 +472,9 @@ class App:
     """The app, started as the Procfile does, on a free loopback port, with a database of its own.
 
     Args:
-        environ: its environment variables; none are inherited but those that a program needs to run. It gets a
-            TWILIO_AUTH_TOKEN of its own where none is given: without one no call would be answered.
+        environ: its environment variables; none are inherited but those that a program needs to run.
+            If there is no TWILIO_AUTH_TOKEN the app gets a random one: without a token it would
+            answer no call. An empty one leaves it without.
         folder: where app.py and the Procfile are.
         arguments: more for gunicorn.
     """
@@ -483,8 +491,12 @@ class App:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         basics = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
-        own = {"DATABASE_URL": f"sqlite:///{self.database}", "TWILIO_AUTH_TOKEN": secrets.token_hex(16)}
-        self.environ = {**basics, **own, **(environ or {})}
+        self.environ = {
+            **basics,
+            "DATABASE_URL": f"sqlite:///{self.database}",
+            "TWILIO_AUTH_TOKEN": secrets.token_hex(16),
+            **(environ or {}),
+        }
         self.token = self.environ["TWILIO_AUTH_TOKEN"]  # what a Phone signs with
         self.process = None
 
@@ -501,7 +513,7 @@ class App:
         command = [sys.executable, "-m", *command]  # gunicorn, of this environment
         bind = f"--bind 127.0.0.1:{self.port} {self.arguments}"
         try:
-            # Without a Ctrl-C in between: a process that has no name yet couldn't be ended.
+            # A Ctrl-C in the middle of Popen would leave a process that nobody knows, and nobody ends.
             with open(self.log_path, "ab") as log, no_interruption():
                 self.process = subprocess.Popen(
                     command,
@@ -512,7 +524,7 @@ class App:
                     stderr=log,
                     start_new_session=True,  # so that it and its workers can be ended together
                 )
-            until = time.monotonic() + 120  # seconds: on a very busy machine a start takes most of a minute
+            until = time.monotonic() + 120  # seconds: a very busy machine needs most of a minute
             while time.monotonic() < until and self.process.poll() is None:
                 if self._answers():
                     return self
@@ -647,15 +659,15 @@ def main():
                 for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
                     settings.pop(elsewhere, None)
                 if not token:
-                    settings.pop("TWILIO_AUTH_TOKEN", None)  # it may be empty: the app shall get one of its own
+                    settings.pop("TWILIO_AUTH_TOKEN", None)  # an empty one would leave the app without
                 app = App(settings, folder=os.getcwd())
-                stack.push(app)  # before it is started, so that it is ended even if that is interrupted
+                stack.push(app)  # before the start, so that the app is ended if the start is interrupted
                 url, token = app.start().url, app.token
             phone = TerminalPhone(url, token, number=options.number)
             print(f"Calling {url}\n")
             converse(phone)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what was started is being ended
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave the app running
             print("\nHung up.")
             if phone:
                 phone.hang_up()

@@ -79,8 +79,9 @@ def test_a_reply_that_is_done_goes_out_in_one_answer(phone, claude):
 
 
 def test_a_very_short_first_sentence_takes_the_next_one_with_it(phone, claude):
-    # What comes behind it is written for a minute, so not even a busy machine says all of it at once.
-    claude.when("Are you sure?", Reply("Sure. I have looked it up this very morning. " + "It is true. " * 100, pace=5))
+    # Claude goes on writing for a minute, so that not even on a busy machine all of it is said at once.
+    written = "Sure. I have looked it up this very morning. " + "It is true. " * 100
+    claude.when("Are you sure?", Reply(written, pace=5))
     phone.call()
     phone.on_hearing = lambda text: phone.hang_up()
     assert phone.say("Are you sure?") == "Sure. I have looked it up this very morning."
@@ -278,7 +279,7 @@ def test_an_answer_that_is_there_is_heard_at_once(phone):
     phone.call()
     for number in range(5):  # a busy machine may be slow once, but not every time
         phone.say(f"Quickly, number {number}.")
-    assert min(phone.waits[1:]) < 0.9, "less than a PULSE: it isn't looked for, it is told of"
+    assert min(phone.waits[1:]) < 0.9, "less than a PULSE: whoever waits is woken"
 
 
 def test_who_writes_without_a_full_stop_is_heard_all_the_same(phone, claude):

@@ -216,7 +216,8 @@ def test_what_is_given_up_is_not_read_on(stage):
 def used_by(app):
     """How many threads the app's worker has, and how many bytes of memory."""
     (worker,) = app.workers()
-    status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{worker}/status").read_text().splitlines())
+    lines = pathlib.Path(f"/proc/{worker}/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
     return int(status["Threads"]), 1024 * int(status["VmRSS"].split()[0])
 
 
@@ -225,7 +226,7 @@ def test_calls_that_are_over_leave_nothing_in_memory(stage):
     with stage.other_app() as app:
 
         def calls(numbers):
-            """Each is named with 50,000 letters: whatever is left behind for a call would be seen."""
+            """Calls with names of 50,000 letters, so that whatever is left of a call can be seen."""
             for number in numbers:
                 phone = stage.phone(app, CallSid=f"CA{number:050000}")
                 phone.call()

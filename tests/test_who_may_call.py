@@ -86,8 +86,8 @@ def no_token():
         yield app
 
 
-@pytest.mark.parametrize("token", [None, "", TOKEN], ids=["unsigned", "signed with nothing", "signed"])
-@pytest.mark.parametrize("headers", [{}, PROXY, {"Host": "localhost"}], ids=["direct", "by a proxy", "localhost"])
+@pytest.mark.parametrize("token", [None, "", TOKEN], ids=["unsigned", "empty token", "signed"])
+@pytest.mark.parametrize("headers", [{}, PROXY, {"Host": "localhost"}], ids=["direct", "proxy", "localhost"])
 def test_without_a_token_no_call_is_answered(no_token, token, headers):
     for path in ("/", "/talking", "/status_callback"):
         public_url = f"http://{headers['Host']}" if "Host" in headers else None
@@ -210,7 +210,8 @@ def test_bodies_that_are_not_forms_or_huge_are_refused_early(stage):
         connection.request("POST", "/talking", b'{"CallSid": "CA1"}', {"Content-Type": content_type})
         assert connection.getresponse().status == status
         connection.close()
-    response = stage.phone().request("POST", "/talking", {"CallSid": "CA1", "SpeechResult": "x" * 1_000_000})
+    params = {"CallSid": "CA1", "SpeechResult": "x" * 1_000_000}
+    response = stage.phone().request("POST", "/talking", params)
     assert response.status == 413
 
 
