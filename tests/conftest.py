@@ -2,9 +2,9 @@
 
 Tests that need other settings, or that kill the app, start an app of their own.
 
-Tests that mostly wait are marked with ``@meanwhile``. All of them begin together, in threads, before
-the first test; when their turn comes only their end is waited for. They have a stage to themselves,
-so that the other tests can count what Claude was asked.
+Tests that mostly wait are marked with ``@meanwhile``. All of them begin together, in threads,
+before the first test; when their turn comes only their end is waited for. They have a stage to
+themselves, so that the other tests can count what Claude was asked.
 """
 
 import concurrent.futures
@@ -20,8 +20,8 @@ TOKEN = "12345"  # the auth token of Twilio's own example
 PUBLIC_URL = "https://line.example.com"
 PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.7"}
 # The proxy of these tests calls from loopback, and from there gunicorn itself believes an
-# X-Forwarded-Proto. A platform's proxy calls from another machine, where only the app's ProxyFix does.
-# So gunicorn is told to believe one machine only, which never calls.
+# X-Forwarded-Proto. A platform's proxy calls from another machine, so only the app's ProxyFix
+# believes it. Hence gunicorn is told to believe one machine only, which never calls.
 PROXY_ELSEWHERE = "--forwarded-allow-ips=203.0.113.9"
 
 meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and nothing else
@@ -80,7 +80,7 @@ def stage(request):
             if item.get_closest_marker("meanwhile"):
                 item.stash[BEGUN] = threads.submit(item.function, backstage)
         yield stage
-        threads.shutdown(cancel_futures=True)  # waits for those that have begun: their app must stay
+        threads.shutdown(cancel_futures=True)  # waits for the tests that have begun
         for one in (stage, backstage):
             no_traceback_in(one.app.log())
 
@@ -102,11 +102,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "meanwhile: mostly waits, so begin it at the start, in a thread")
+    config.addinivalue_line("markers", "meanwhile: mostly waits, so it begins at the start")
 
 
 def no_traceback_in(log):
-    """The one look for a traceback in a log that tests share: in each test, one would fail them all."""
+    """The only look for a traceback in a shared log: if all tests looked, one would fail them all."""
     before, traceback, after = log.partition("Traceback")
     printed = f"{before[-300:]}{traceback}{after[:3000]}"
     assert not traceback, f"some test made the app that they share print this:\n{printed}"

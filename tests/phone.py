@@ -214,7 +214,7 @@ class Phone:
         return self._turn(self._fetch, self._absolute(path), method, dict(params))
 
     def request(self, method, path, params=(), token=None):
-        """Make one signed request with these parameters only; its answer changes nothing in the call.
+        """Make one signed request with these parameters only, and do nothing with its answer.
 
         Returns:
             The response: its ``status``, ``headers`` and ``body``.
@@ -345,7 +345,7 @@ class Phone:
     def _deliver(self, url, method, params, delivery):
         """The answer to one delivery. If it fails it is tried again, as the URL's fragment says.
 
-        Without a fragment it is tried once more if there is no connection, and not after other failures.
+        Without a fragment it is tried once more, and only if there was no connection.
         """
         url, fragment = urldefrag(url)
         try:
@@ -364,7 +364,7 @@ class Phone:
                 why = type(trouble.__cause__).__name__
                 error = TwilioError(11205, f"no connection to {url}: {why}")
             except (OSError, http.client.HTTPException) as trouble:
-                # A connection that breaks off has no name of its own in Twilio's list: only "all" is for it.
+                # Twilio has no name of its own for a connection that breaks off: only "all".
                 failure = "rt" if isinstance(trouble, TimeoutError) else "broken off"
                 error = TwilioError(11200, f"no answer from {url}: {type(trouble).__name__}")
             else:
@@ -513,7 +513,7 @@ class App:
         command = [sys.executable, "-m", *command]  # gunicorn, of this environment
         bind = f"--bind 127.0.0.1:{self.port} {self.arguments}"
         try:
-            # A Ctrl-C in the middle of Popen would leave a process that nobody knows, and nobody ends.
+            # A Ctrl-C in the middle of Popen would leave a process that nobody ends.
             with open(self.log_path, "ab") as log, no_interruption():
                 self.process = subprocess.Popen(
                     command,
@@ -659,15 +659,16 @@ def main():
                 for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
                     settings.pop(elsewhere, None)
                 if not token:
-                    settings.pop("TWILIO_AUTH_TOKEN", None)  # an empty one would leave the app without
+                    settings.pop("TWILIO_AUTH_TOKEN", None)  # or an empty one would be used
                 app = App(settings, folder=os.getcwd())
-                stack.push(app)  # before the start, so that the app is ended if the start is interrupted
+                stack.push(app)  # before the start, which can be interrupted too
                 url, token = app.start().url, app.token
             phone = TerminalPhone(url, token, number=options.number)
             print(f"Calling {url}\n")
             converse(phone)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave the app running
+            # A second Ctrl-C would leave the app running.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             print("\nHung up.")
             if phone:
                 phone.hang_up()

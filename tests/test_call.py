@@ -79,7 +79,7 @@ def test_a_reply_that_is_done_goes_out_in_one_answer(phone, claude):
 
 
 def test_a_very_short_first_sentence_takes_the_next_one_with_it(phone, claude):
-    # Claude goes on writing for a minute, so that not even on a busy machine all of it is said at once.
+    # Claude goes on writing for a minute: not even a busy machine says all of it at once.
     written = "Sure. I have looked it up this very morning. " + "It is true. " * 100
     claude.when("Are you sure?", Reply(written, pace=5))
     phone.call()

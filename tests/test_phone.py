@@ -214,7 +214,8 @@ def test_a_fragment_that_says_nothing_to_twilio_is_warned_of(fragment):
 def test_all_tries_together_have_fifteen_seconds(stage):
     slow = (200, {}, lambda: time.sleep(6) or "<Response/>")
     fallback = twiml("<Say>Saved.</Say>")
-    answers = {"/": goes_on_at("/next#rc=5&amp;rp=rt&amp;rt=5000"), "/next": slow, "/talking": fallback}
+    url = "/next#rc=5&amp;rp=rt&amp;rt=5000"
+    answers = {"/": goes_on_at(url), "/next": slow, "/talking": fallback}
     with Script(answers) as (server, phone):
         phone.call()
         assert phone.say("Hello?") == "Saved."
@@ -251,7 +252,7 @@ def test_after_fifteen_seconds_twilio_asks_the_fallback(stage):
 
 
 def telephone(*arguments, settings=None, **more):
-    """The telephone in a terminal, as a process. Its environment is a fresh machine's, with settings."""
+    """The telephone in a terminal, as a process, in a fresh machine's environment with settings."""
     environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **(settings or {})}
     command = [sys.executable, "-m", "tests.phone", *arguments]
     pipe = subprocess.PIPE
@@ -261,7 +262,8 @@ def telephone(*arguments, settings=None, **more):
 @meanwhile
 def test_three_turns_in_the_terminal_without_a_key(stage):
     process = telephone()
-    out, err = process.communicate("Hello there.\nHow are you?\n\n/5\nGood bye.\n/bye\n", timeout=120)
+    typed = "Hello there.\nHow are you?\n\n/5\nGood bye.\n/bye\n"
+    out, err = process.communicate(typed, timeout=120)
     assert "Hello, this is Claude speaking!" in out
     for heard in ("what I hear: Hello there.", "what I hear: How are you?", "pressed 5", "what I hear: Good bye."):
         assert heard in out

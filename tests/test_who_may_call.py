@@ -87,7 +87,9 @@ def no_token():
 
 
 @pytest.mark.parametrize("token", [None, "", TOKEN], ids=["unsigned", "empty token", "signed"])
-@pytest.mark.parametrize("headers", [{}, PROXY, {"Host": "localhost"}], ids=["direct", "proxy", "localhost"])
+@pytest.mark.parametrize(
+    "headers", [{}, PROXY, {"Host": "localhost"}], ids=["direct", "by a proxy", "localhost"]
+)
 def test_without_a_token_no_call_is_answered(no_token, token, headers):
     for path in ("/", "/talking", "/status_callback"):
         public_url = f"http://{headers['Host']}" if "Host" in headers else None
