@@ -106,7 +106,7 @@ def pytest_configure(config):
 
 
 def no_traceback_in(log):
-    """The only look for a traceback in a shared log: if all tests looked, one would fail them all."""
+    """The only look for a traceback in a shared log: if all looked, one traceback would fail all."""
     before, traceback, after = log.partition("Traceback")
     printed = f"{before[-300:]}{traceback}{after[:3000]}"
     assert not traceback, f"some test made the app that they share print this:\n{printed}"

@@ -174,12 +174,13 @@ def begin_in_each(folder, call_sid, together):
 
 @meanwhile
 def test_eight_processes_start_at_once_on_a_new_database(stage):
-    # Not "fork": a process with threads can't be copied safely.
-    spawn = multiprocessing.get_context("spawn")
-    together = spawn.Barrier(8)
+    # Not "fork": a process with threads, like this one, can't be copied safely. A server can.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    together = server.Barrier(8)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            spawn.Process(target=begin_in_each, args=[folder, f"CA{number}", together], daemon=True)
+            server.Process(target=begin_in_each, args=[folder, f"CA{number}", together], daemon=True)
             for number in range(8)
         ]
         for process in processes:
@@ -389,7 +390,7 @@ def test_the_caller_hangs_up_in_a_sentence_without_an_end(stage):
     (request,) = wait_until(lambda: stage.claude.asked("Say it in one breath."))
     wait_until(lambda: request.tokens_sent)
     phone_of_twilio.hang_up()
-    wait_until(lambda: request.closed_by_caller, 5)
+    wait_until(lambda: request.closed_by_caller)
     heard()
 
 
