@@ -1,18 +1,38 @@
-"""A pretend Claude: a real HTTP server on loopback that speaks the Messages API, streaming included.
+"""A pretend Claude: a real HTTP server on loopback that speaks the Messages API, with streaming.
 
-The app reaches it through the real SDK, by ``ANTHROPIC_BASE_URL``. It refuses what Anthropic's API refuses (an empty
-message, a prefill, ``temperature``, an effort for a model that has none), it answers what a test scripted for the
-caller's words, and it remembers what it was sent:
+The app reaches it through the real SDK, by ``ANTHROPIC_BASE_URL``. It refuses what Anthropic's API
+refuses (an empty message, a prefill, ``temperature``, an effort for a model that has none, a tool
+without its result), it answers what a test scripted for the caller's words, and it remembers what
+it was sent:
 
     with Claude() as claude:
         claude.when("Tell me a joke.", Reply("Knock knock.", first_token=0.5, pace=60))
         ...
         claude.requests[-1].messages
 
+A reply that uses tools says in ``then`` how Claude goes on, once it was sent their results. A reply
+may use several tools, think before, and search the web; and ``then`` may use tools again:
+
+    claude.when("What time is it in Tokyo and Aden?", Reply(
+        "Let me see.",
+        blocks=[
+            Tool("clock", {"time_zone": "Asia/Tokyo"}), Tool("clock", {"time_zone": "Asia/Aden"})
+        ],
+        then=Reply("It is nine in Tokyo, and three in Aden."),
+    ))
+    claude.when("Who won yesterday?", Reply(
+        "Let me look that up.",
+        blocks=[Search("who won yesterday", seconds=2), "The blue team won, ", Cited("by one.")],
+    ))
+    ...
+    first, second = claude.asked("What time is it in Tokyo and Aden?")  # one request a round
+    second.results  # [("09:00", False), ("03:00", False)]: each tool's words, and if it failed
+
 ``python -m tests.claude`` runs it on its own, for the benchmark.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -24,7 +44,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-ant-pretend"
-MODELS = {"claude-haiku-5-5", "claude-sonnet-5-5", "claude-opus-5-5", "claude-haiku-4-5", "claude-sonnet-4-5"}
+MODELS = {
+    "claude-haiku-5-5",
+    "claude-sonnet-5-5",
+    "claude-opus-5-5",
+    "claude-haiku-4-5",
+    "claude-sonnet-4-5",
+}
 WITHOUT_EFFORT = {"claude-haiku-4-5", "claude-sonnet-4-5"}
 EFFORTS = {"low", "medium", "high", "xhigh", "max"}
 ERRORS = {
@@ -36,6 +62,58 @@ ERRORS = {
     503: "api_error",
     529: "overloaded_error",
 }
+THOUGHTS = "The caller must never hear this. It is only a thought. I had better keep it to myself."
+
+
+@dataclass
+class Thinking:
+    """A block of thoughts, with the signature by which the API knows them again."""
+
+    text: str = THOUGHTS
+
+
+@dataclass
+class Tool:
+    """A block that uses a tool of the app's. Its input is streamed in small pieces of JSON.
+
+    Args:
+        name: the tool.
+        input: what it is given.
+        json: the pieces of JSON themselves, where they are to be something else than that input.
+    """
+
+    name: str
+    input: dict = field(default_factory=dict)
+    json: str | None = None
+
+    def whole_input(self):
+        """The input as it is when it comes back; where its JSON is broken, what ``input`` says."""
+        with contextlib.suppress(TypeError, ValueError):
+            return json.loads(self.json)
+        return self.input
+
+
+@dataclass
+class Search:
+    """Two blocks: a search of the web, which Anthropic makes in mid-stream, and what it has found.
+
+    Args:
+        query: what is searched for.
+        seconds: how long that takes; nothing is sent meanwhile but a ping.
+        error: why it failed, like "too_many_requests"; None if it didn't.
+    """
+
+    query: str
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass
+class Cited:
+    """A block of text that comes from a page on the web, and names it."""
+
+    text: str
+    url: str = "https://www.example.com/news"
 
 
 @dataclass
@@ -44,16 +122,24 @@ class Reply:
 
     Args:
         text: what it says.
-        first_token: seconds before the first token; headers go out at the same time, as nothing earlier is promised.
+        first_token: seconds before the first token; headers go out at the same time, as nothing
+            earlier is promised.
         pace: tokens a second after that; None sends them as fast as the socket takes them.
         stop: the ``stop_reason``.
-        hang_up: calls the tool ``hang_up`` after the text.
+        hang_up: calls the tool ``hang_up`` at the end.
         thinking: begins with a thinking block, as the 5.x models do.
+        blocks: what comes after the text: ``Tool``, ``Search``, ``Thinking``, ``Cited``, or a
+            string for one more block of text. Without tools in the request nothing of ``Tool`` is
+            sent, and without web search nothing of ``Search``.
+        then: the Reply to the request that comes with the tools' results, or that sends back a
+            turn which ended with ``pause_turn``; or a function that takes this Request and returns
+            a Reply. Without it Claude repeats what the tools said.
         status: an HTTP error instead of a reply.
         retry_after: the ``retry-after`` header of that error, in seconds.
-        error: an ``error`` event of this type after the text, in a stream that began well.
-        ending: after the text, "cut" the connection, "close" it cleanly without the closing events, "stall", or "ping"
-            once a second for ever.
+        error: an ``error`` event of this type after the last block, in a stream that began well.
+        ending: after the last block, "cut" the connection, "close" it cleanly without the closing
+            events, "stall", or "ping" once a second for ever. Or "reset" the connection before
+            there is any answer.
         body: answers 200 with these bytes and nothing else.
     """
 
@@ -63,6 +149,8 @@ class Reply:
     stop: str = "end_turn"
     hang_up: bool = False
     thinking: bool = False
+    blocks: list = field(default_factory=list)
+    then: object = None
     status: int = 200
     retry_after: str | None = None
     error: str | None = None
@@ -76,6 +164,7 @@ class Request:
 
     body: dict
     headers: dict
+    connection: int = 0  # which connection it came over: the same number again is the same one
     at: float = field(default_factory=time.monotonic)
     first_sentence_at: float | None = None
     tokens_sent: int = 0
@@ -89,15 +178,32 @@ class Request:
 
     @property
     def words(self):
-        return words_of(self.body["messages"][-1])
+        """What the caller said last, also where the last message holds the results of tools."""
+        for message in reversed(self.body["messages"]):
+            if message["role"] == "user" and not tool_results(message):
+                return words_of(message)
+        return ""
+
+    @property
+    def results(self):
+        """What the tools said, as (words, whether it is an error); none in the first round."""
+        results = tool_results(self.body["messages"][-1])
+        return [(words_of(result), bool(result.get("is_error"))) for result in results]
 
 
 def words_of(message):
     """The words of a message, whether its content is a string or a list of blocks."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(block.get("text", "") for block in content)
+    return "".join(block.get("text", "") for block in blocks_of(message))
+
+
+def blocks_of(message):
+    """The content of a message, or of a tool's result, as a list of blocks."""
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def tool_results(message):
+    return [block for block in blocks_of(message) if block.get("type") == "tool_result"]
 
 
 def complaint(body, headers):
@@ -121,15 +227,172 @@ def complaint(body, headers):
         return 400, "messages: at least one message is required"
     if messages[0]["role"] != "user":
         return 400, "messages: first message must use the user role"
-    if messages[-1]["role"] != "user":
-        return 400, "messages: this model does not support assistant message prefill"
-    if not all(words_of(message).strip() for message in messages):
-        return 400, "messages: text content blocks must contain non-whitespace text"
+    for block in (block for message in messages for block in blocks_of(message)):
+        if block.get("type") == "text" and not block["text"].strip():
+            return 400, "messages: text content blocks must contain non-whitespace text"
+    if not all(blocks_of(message) for message in messages):
+        return 400, "messages: all messages must have non-empty content"
+    return None
+
+
+def complaint_about_tools(body, searches):
+    """What the API would refuse in ``tools``, or None."""
+    names = []
+    for number, tool in enumerate(body.get("tools", [])):
+        if not isinstance(tool, dict):
+            return f"tools.{number}: should be an object"
+        names.append(tool.get("name"))
+        kind = tool.get("type", "custom")
+        if kind.startswith("web_search_"):
+            wrong = complaint_about_search(tool)
+            if wrong or not searches:
+                wrong = wrong or "web_search is not enabled for this organization"
+                return f"tools.{number}.{kind}: {wrong}"
+            continue
+        schema = tool.get("input_schema")
+        if kind != "custom":
+            return f"tools.{number}: Input tag {kind!r} does not match any of the expected tags"
+        if not re.fullmatch(r"[a-zA-Z0-9_-]{1,128}", tool.get("name") or ""):
+            return f"tools.{number}.custom.name: String should match a pattern"
+        if not isinstance(schema, dict) or schema.get("type") != "object":
+            return f"tools.{number}.custom.input_schema.type: Input should be 'object'"
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            return f"tools.{number}.custom.input_schema: JSON schema is invalid"
+        if not isinstance(tool.get("description", ""), str):
+            return f"tools.{number}.custom.description: Input should be a valid string"
+        known = "type name description input_schema cache_control strict input_examples"
+        if extra := set(tool) - set(known.split()):
+            return f"tools.{number}.custom.{min(extra)}: Extra inputs are not permitted"
+    if len(names) > len(set(names)):
+        return "tools: Tool names must be unique."
+    choice = body.get("tool_choice", {"type": "auto"})
+    if not isinstance(choice, dict) or choice.get("type") not in ("auto", "any", "tool", "none"):
+        return "tool_choice: Input should be an object with a type"
+    return None
+
+
+def complaint_about_search(tool):
+    """What is wrong with this web search tool, or None."""
+    known = "type name max_uses user_location allowed_domains blocked_domains cache_control"
+    if tool["type"] != "web_search_20250305":
+        known += " allowed_callers"
+    if extra := set(tool) - set(known.split()):
+        return f"{min(extra)}: Extra inputs are not permitted"
+    if tool.get("name") != "web_search":
+        return "name: Input should be 'web_search'"
+    uses = tool.get("max_uses")
+    if uses is not None and (type(uses) is not int or uses < 1):
+        return "max_uses: Input should be greater than 0"
+    where = tool.get("user_location")
+    if where is None:
+        return None
+    if not isinstance(where, dict) or where.get("type") != "approximate":
+        return "user_location.type: Input should be 'approximate'"
+    for name, value in where.items():
+        if name not in ("type", "city", "region", "country", "timezone"):
+            return f"user_location.{name}: Extra inputs are not permitted"
+        if value is not None and not (isinstance(value, str) and 1 <= len(value) <= 255):
+            return f"user_location.{name}: String should have between 1 and 255 characters"
+    if not re.fullmatch(r"[A-Z]{2}", where.get("country") or "US"):
+        return "user_location.country: String should be an ISO country code of 2 letters"
+    return None
+
+
+def joined(messages):
+    """The messages as (role, blocks) pairs; those of one role in a row are one, as for the API."""
+    pairs = []
+    for message in messages:
+        if not pairs or pairs[-1][0] != message["role"]:
+            pairs.append((message["role"], []))
+        pairs[-1][1].extend(blocks_of(message))
+    return pairs
+
+
+def plain(blocks):
+    """Blocks without what may be added to them, or left out of them."""
+    return [
+        {
+            name: value
+            for name, value in block.items()
+            if name != "cache_control" and value not in (None, [])
+        }
+        for block in blocks
+    ]
+
+
+def complaint_about_rounds(body, sent):
+    """What the API would refuse in a turn with tools, or None.
+
+    Args:
+        sent: the messages in which this Claude used a tool: (what it was asked, its blocks) by the
+            identifier of each tool that they use.
+    """
+    pairs = joined(body["messages"])
+    for number, (role, blocks) in enumerate(pairs):
+        here = f"messages.{number}"
+        kinds = [block.get("type") for block in blocks]
+        used = pairs[number - 1][1] if number else []
+        before = {block["id"] for block in used if block.get("type") == "tool_use"}
+        results = [
+            block.get("tool_use_id") for block in blocks if block.get("type") == "tool_result"
+        ]
+        if {"tool_use", "tool_result", "server_tool_use"} & set(kinds) and not body.get("tools"):
+            return f"{here}: requests with `tool_use` or `tool_result` blocks must define tools"
+        if role == "user" and (missing := before - set(results)):
+            return (
+                f"{here}: `tool_use` ids without `tool_result` blocks immediately after: {missing}"
+            )
+        if unexpected := [one for one in results if role != "user" or one not in before]:
+            return f"{here}: unexpected `tool_use_id` found in `tool_result` blocks: {unexpected}"
+        if len(results) > len(set(results)):
+            return f"{here}: each tool_use must have a single result"
+        if kinds[: len(results)] != ["tool_result"] * len(results):
+            return f"{here}: `tool_result` blocks must come before anything else"
+        for result in (block for block in blocks if block.get("type") == "tool_result"):
+            if result.get("is_error") and not words_of(result).strip():
+                return f"{here}: content cannot be empty if `is_error` is true"
+            if any(
+                block.get("type") != "text" or not block["text"].strip()
+                for block in blocks_of(result)
+            ):
+                return f"{here}: text content blocks must contain non-whitespace text"
+        for block in blocks:
+            if (
+                block.get("type") == "thinking"
+                and role == "assistant"
+                and not block.get("signature")
+            ):
+                return f"{here}: thinking.signature: Field required"
+            if block.get("type") not in ("tool_use", "server_tool_use") or block["id"] not in sent:
+                continue
+            asked, written = sent[block["id"]]
+            begin = blocks.index(block) - [one.get("id") for one in written].index(block["id"])
+            if begin < 0 or plain(blocks[begin : begin + len(written)]) != plain(written):
+                return (
+                    f"{here}: blocks of the assistant's cannot be modified: send them as they were"
+                )
+            earlier = [*pairs[:number], (role, blocks[:begin])] if begin else pairs[:number]
+            if [(role, plain(blocks)) for role, blocks in earlier] != asked:
+                return f"{here}: what stands before these blocks is not what it was"
+    if pairs[-1][0] == "assistant":
+        paused = [sent[block["id"]][1] for block in pairs[-1][1] if block.get("id") in sent]
+        if not paused or plain(pairs[-1][1])[-len(paused[-1]) :] != plain(paused[-1]):
+            return "messages: this model does not support assistant message prefill"
+        if any(block["type"] == "tool_use" for block in paused[-1]):
+            return "messages: `tool_use` ids without `tool_result` blocks immediately after"
     return None
 
 
 class Claude(ThreadingHTTPServer):
-    """The pretend Claude. Use it as a context manager, or call ``start`` and ``stop``."""
+    """The pretend Claude. Use it as a context manager.
+
+    Attributes:
+        requests: what it was sent, and took.
+        refused: what it refused, as (status, message) pairs.
+        searches: whether the key may search the web; set it to False, and a request that wants to
+            is refused.
+    """
 
     daemon_threads = True
     request_queue_size = 256  # the default of 5 loses connections when many callers speak at once
@@ -138,12 +401,21 @@ class Claude(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.requests = []
+        self.refused = []
+        self.searches = True
         self.default = default or (lambda words: Reply(f"You said: {words}"))
         self._script = {}
         self.counter = itertools.count(1)
+        self.connections = itertools.count(1)
+        # Where tools were used, by their identifiers: what was asked, with the blocks; the Reply.
+        self.sent, self.rounds = {}, {}
 
     def when(self, words, *replies):
-        """When the caller's last words are these, answer so: one reply after the other, the last one for ever."""
+        """When the caller's last words are these, answer so.
+
+        Args:
+            replies: one for each time that they are said; the last one for ever.
+        """
         self._script[words] = list(replies)
 
     def reply_to(self, words):
@@ -152,8 +424,23 @@ class Claude(ThreadingHTTPServer):
             return self.default(words)
         return replies.pop(0) if len(replies) > 1 else replies[0]
 
+    def complaint(self, body):
+        """What the API would refuse in a request about tools, or None."""
+        return complaint_about_tools(body, self.searches) or complaint_about_rounds(body, self.sent)
+
+    def answer_to(self, request):
+        """The Reply to a request: the scripted one, or how that goes on after tools or a pause."""
+        last = request.body["messages"][-1]
+        if last["role"] == "user" and not tool_results(last):
+            return self.reply_to(request.words)
+        names = [block.get("tool_use_id") or block.get("id") for block in blocks_of(last)]
+        before = next((self.rounds[name] for name in reversed(names) if name in self.rounds), None)
+        if before is None or before.then is None:
+            return Reply("The tools say: " + " ".join(words for words, _ in request.results))
+        return before.then(request) if callable(before.then) else before.then
+
     def asked(self, words):
-        """The requests whose last message is these words, oldest first."""
+        """The requests in which these were the caller's last words, of every round, in order."""
         return [request for request in self.requests if request.words == words]
 
     def handle_error(self, request, client_address):
@@ -175,6 +462,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def setup(self):
+        super().setup()
+        self.connection_number = next(self.server.connections)
+
     def do_POST(self):
         raw = self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.path.split("?")[0] != "/v1/messages":
@@ -183,13 +474,18 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.number = next(self.server.counter)
         wrong = complaint(body, headers)
+        if not wrong and (why := self.server.complaint(body)):
+            wrong = 400, why
         if wrong:
+            self.server.refused.append(wrong)
             return self.fail(*wrong)
-        self.asked = Request(body, headers)
+        self.asked = Request(body, headers, self.connection_number)
         self.server.requests.append(self.asked)
-        reply = self.server.reply_to(self.asked.words)
+        reply = self.server.answer_to(self.asked)
         try:
             time.sleep(reply.first_token) if body.get("stream") else self.wait_for_the_whole(reply)
+            if reply.ending == "reset":
+                return self.reset()
             if reply.status != 200:
                 return self.fail(reply.status, "pretend trouble", reply.retry_after)
             if reply.body is not None:
@@ -223,19 +519,62 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, "application/json", json.dumps(body).encode(), headers)
 
     def message(self, reply, body):
-        content = [{"type": "thinking", "thinking": "", "signature": "s"}] if reply.thinking else []
-        content += [{"type": "text", "text": reply.text}] if reply.text else []
-        content += [{"type": "tool_use", "id": "toolu_1", "name": "hang_up", "input": {}}] if reply.hang_up else []
+        content = self.content(reply, body)
+        kinds = {block["type"] for block in content}
+        stop = "tool_use" if "tool_use" in kinds and reply.stop == "end_turn" else reply.stop
+        if stop == "pause_turn" and "server_tool_use" not in kinds:
+            stop = "end_turn"
+        if kinds & {"tool_use", "server_tool_use"}:
+            asked = [(role, plain(blocks)) for role, blocks in joined(body["messages"])]
+            for block in content:
+                if block["type"] in ("tool_use", "server_tool_use"):
+                    self.server.sent[block["id"]] = asked, content
+                    self.server.rounds[block["id"]] = reply
+        written = "".join(block.get("text", "") for block in content)
         return {
             "id": f"msg_{self.number}",
             "type": "message",
             "role": "assistant",
             "model": body["model"],
             "content": content,
-            "stop_reason": "tool_use" if reply.hang_up else reply.stop,
+            "stop_reason": stop,
             "stop_sequence": None,
-            "usage": {"input_tokens": len(json.dumps(body)) // 4, "output_tokens": len(tokens(reply.text))},
+            "usage": {
+                "input_tokens": len(json.dumps(body)) // 4,
+                "output_tokens": len(tokens(written)),
+            },
         }
+
+    def content(self, reply, body):
+        """The blocks of a reply, as they are in the end; no two tools ever have one identifier."""
+        able = bool(body.get("tools")) and body.get("tool_choice", {}).get("type") != "none"
+        can_search = able and any(tool["name"] == "web_search" for tool in body["tools"])
+        wanted = [*([Thinking()] if reply.thinking else []), reply.text, *reply.blocks]
+        wanted += [Tool("hang_up")] if reply.hang_up else []
+        content = []
+        for position, block in enumerate(wanted):
+            name = f"{self.number}_{position}"
+            if isinstance(block, Thinking):
+                signature = f"signature of {name}"
+                content.append({"type": "thinking", "thinking": block.text, "signature": signature})
+            elif isinstance(block, Tool) and able:
+                tool = {"type": "tool_use", "id": f"toolu_{name}", "name": block.name}
+                content.append({**tool, "input": block.whole_input()})
+            elif isinstance(block, Search) and can_search:
+                content += found(block, f"srvtoolu_{name}")
+            elif isinstance(block, Cited):
+                citation = {
+                    "type": "web_search_result_location",
+                    "url": block.url,
+                    "title": "The news of today.",
+                }
+                citation.update(
+                    cited_text="It was in the news.", encrypted_index=f"index of {name}"
+                )
+                content.append({"type": "text", "text": block.text, "citations": [citation]})
+            elif isinstance(block, str) and block:
+                content.append({"type": "text", "text": block})
+        return content
 
     def stream(self, reply, body):
         self.send_response(200)
@@ -244,42 +583,64 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("request-id", f"req_pretend_{self.number}")
         self.end_headers()
         message = self.message(reply, body)
-        start = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 1}}
+        start = {
+            **message,
+            "content": [],
+            "stop_reason": None,
+            "usage": {**message["usage"], "output_tokens": 1},
+        }
         self.event("message_start", message=start)
         self.event("ping")
-        index = 0
-        for block in message["content"]:
-            opened = {**block, "text": ""} if block["type"] == "text" else block
-            self.event("content_block_start", index=index, content_block=opened)
+        waits = iter([block.seconds for block in reply.blocks if isinstance(block, Search)])
+        pieces = iter([block.json for block in reply.blocks if isinstance(block, Tool)])
+        for index, block in enumerate(message["content"]):
+            if index:
+                self.event("content_block_stop", index=index - 1)
+            if block["type"] == "web_search_tool_result":
+                self.event("ping")
+                time.sleep(next(waits))
+            self.event("content_block_start", index=index, content_block=opened(block))
             if block["type"] == "text":
-                self.speak(reply, index)
-                if reply.ending or reply.error:
-                    return self.break_off(reply)
-            elif block["type"] == "tool_use":
-                self.event("content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": "{}"})
-            self.event("content_block_stop", index=index)
-            index += 1
+                self.speak(block["text"], reply.pace, index)
+                for citation in block.get("citations", []):
+                    self.delta(index, "citations_delta", citation=citation)
+            elif block["type"] == "thinking":
+                for token in tokens(block["thinking"]):
+                    self.delta(index, "thinking_delta", thinking=token)
+                self.delta(index, "signature_delta", signature=block["signature"])
+            elif block["type"] in ("tool_use", "server_tool_use"):
+                own = next(pieces, None) if block["type"] == "tool_use" else None
+                self.delta(index, "input_json_delta", partial_json="")
+                for token in tokens(json.dumps(block["input"]) if own is None else own):
+                    self.delta(index, "input_json_delta", partial_json=token)
         if reply.ending or reply.error:
             return self.break_off(reply)
+        if message["content"]:
+            self.event("content_block_stop", index=len(message["content"]) - 1)
         delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
         if reply.stop == "refusal":
             delta["stop_details"] = {"type": "refusal", "category": "cyber", "explanation": None}
-        self.event("message_delta", delta=delta, usage={"output_tokens": message["usage"]["output_tokens"]})
+        self.event(
+            "message_delta", delta=delta, usage={"output_tokens": message["usage"]["output_tokens"]}
+        )
         self.event("message_stop")
         self.wfile.write(b"0\r\n\r\n")
 
-    def speak(self, reply, index):
+    def speak(self, text, pace, index):
         """Send the text token by token, at the stated pace, on a clock that doesn't drift."""
         began = time.monotonic()
         so_far = ""
-        for number, token in enumerate(tokens(reply.text)):
-            if reply.pace:
-                time.sleep(max(0.0, began + number / reply.pace - time.monotonic()))
-            self.event("content_block_delta", index=index, delta={"type": "text_delta", "text": token})
+        for number, token in enumerate(tokens(text)):
+            if pace:
+                time.sleep(max(0.0, began + number / pace - time.monotonic()))
+            self.delta(index, "text_delta", text=token)
             self.asked.tokens_sent += 1
             so_far += token
             if self.asked.first_sentence_at is None and re.search(r"[.!?。](\s|$)", so_far):
                 self.asked.first_sentence_at = time.monotonic()
+
+    def delta(self, index, kind, **fields):
+        self.event("content_block_delta", index=index, delta={"type": kind, **fields})
 
     def break_off(self, reply):
         if reply.error:
@@ -296,15 +657,50 @@ class _Handler(BaseHTTPRequestHandler):
                 self.event("ping")
                 time.sleep(1)
         elif reply.ending == "cut":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, not a close
-            self.connection.close()
-            self.close_connection = True
+            self.reset()
         else:
             self.wfile.write(b"0\r\n\r\n")
+
+    def reset(self):
+        """End the connection so that the caller's end of it gets an error, instead of its end."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.connection.close()
+        self.close_connection = True
 
     def event(self, kind, **fields):
         data = f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def opened(block):
+    """How a block begins in the stream: what comes in pieces is still empty."""
+    if block["type"] in ("tool_use", "server_tool_use"):
+        return {**block, "input": {}}
+    empty = {"text": "", "thinking": "", "signature": "", "citations": []}
+    return {name: empty.get(name, value) for name, value in block.items()}
+
+
+def found(search, name):
+    """The two blocks of a web search: what was asked, and what came of it."""
+    asked = {
+        "type": "server_tool_use",
+        "id": name,
+        "name": "web_search",
+        "input": {"query": search.query},
+    }
+    page = {
+        "type": "web_search_result",
+        "url": "https://www.example.com/news",
+        "title": "The news of today.",
+    }
+    page.update(encrypted_content=f"what {name} has found", page_age="1 day ago")
+    failed = {"type": "web_search_tool_result_error", "error_code": search.error}
+    result = {
+        "type": "web_search_tool_result",
+        "tool_use_id": name,
+        "content": failed if search.error else [page],
+    }
+    return [asked, result]
 
 
 def tokens(text):
