@@ -1,25 +1,24 @@
 """Hello, this is Claude speaking: the phone line.
 
-Twilio asks these URLs what to do with a call, and is answered in TwiML (https://www.twilio.com/docs/voice/twiml):
+Twilio asks these URLs what to do with a call, and is answered in TwiML
+(https://www.twilio.com/docs/voice/twiml):
 
     /                  a call comes in: greet, and listen
-    /talking           the caller spoke, pressed a key or was silent; or the rest of a reply is due; or Twilio got no
-                       good answer from one of these URLs, and falls back here with an ErrorCode
+    /talking           the caller spoke, pressed a key or stayed silent; the rest of a reply is
+                       due; or Twilio got no good answer, and falls back here with an ErrorCode
     /status_callback   the call is over
 
-Who may call is decided first. After that the answer is always TwiML, whatever goes wrong: anything else, and the caller
-hears "an application error has occurred".
-
-The commands ``flask connect`` and ``flask ring`` are at the end: no call needs them.
+Whatever goes wrong, what Twilio asks is answered in TwiML: with anything else the caller would hear
+"an application error has occurred".
 """
 
-import http.client
+import contextlib
+import difflib
 import logging
 import os
 import re
 import sys
-import urllib.request
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import click
 from flask import Flask, abort, request
@@ -29,198 +28,72 @@ from twilio.twiml.voice_response import VoiceResponse
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-import conversation
-from conversation import Conversation, Line, speakable
+from conversation import SYSTEM_PROMPT, Conversation, Line, claude_client, speakable
 from store import Store, StoreError
-
-# --- Settings -------------------------------------------------------------------------------------------------------
-
-
-class Settings:
-    """The environment variables, read once. A value that can't be used is a ValueError that names the variable."""
-
-    def __init__(self, environ):
-        def setting(name, default, takes="", pattern=r"(?s).+"):
-            value = environ.get(name, "").strip() or default
-            if value and not re.fullmatch(pattern, value):
-                raise ValueError(f"{name} takes {takes}")  # not the value: it may be a secret, or a number
-            return value
-
-        self.anthropic_api_key = setting("ANTHROPIC_API_KEY", "", "the key as Anthropic shows it", r"[!-~]+")
-        takes = "AC and 32 hexadecimal digits"
-        self.twilio_account_sid = setting("TWILIO_ACCOUNT_SID", "", takes, r"AC[0-9a-fA-F]{32}")
-        self.twilio_auth_token = setting("TWILIO_AUTH_TOKEN", "")
-        takes = "an address like https://my-line.example.com"
-        self.public_url = setting("PUBLIC_URL", "", takes, r"https?://[^\s/?#@\[\]]+(/[^\s?#]*)?").rstrip("/")
-        self.claude_model = setting("CLAUDE_MODEL", "claude-haiku-5-5", "the name of a model", r"\S+")
-        # Some models refuse any effort: empty is a value of its own here.
-        takes = "low, medium, high, xhigh or max, or nothing"
-        default = "" if "CLAUDE_EFFORT" in environ else "low"
-        self.claude_effort = setting("CLAUDE_EFFORT", default, takes, r"low|medium|high|xhigh|max")
-        self.system_prompt = setting("SYSTEM_PROMPT", conversation.SYSTEM_PROMPT)
-        self.greeting = setting("GREETING", "Hello, this is Claude speaking!", "words to speak", r"(?s).*\w.*")
-        self.voice = setting("VOICE", "", "a voice of Twilio's, like Polly.Amy-Neural", r"[\w.-]+")
-        self.language = setting("LANGUAGE", "", "a language, like en-GB", r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
-        takes = "numbers like +15551234567, separated by commas"
-        numbers = setting("ALLOWED_CALLERS", "", takes, r"(\s*\+[ ().-]*\d[\d ().-]*,?)+")
-        self.allowed_callers = set(re.findall(r"\+\d*", re.sub(r"[^\d+]", "", numbers)))
-        self.max_turns = int(setting("MAX_TURNS", "100", "a whole number, 1 or more", r"0*[1-9]\d{0,8}"))
-        takes = "sqlite:/// and the path of a file: no other database is used"
-        url = setting("DATABASE_URL", "sqlite:///calls.db", takes, r"sqlite:///[^:?][^?]*")
-        self.database = url.removeprefix("sqlite:///")
-
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 log = logging.getLogger("voice-claude")
 log.setLevel(logging.INFO)
-
-try:
-    settings = Settings(os.environ)
-except ValueError as error:
-    print(f"Voice Claude can't start: {error}.", file=sys.stderr)
-    sys.exit(4)  # by this status gunicorn knows that trying again is no use
-
-line = Line(
-    store=Store(settings.database),
-    claude=conversation.claude_client(settings.anthropic_api_key) if settings.anthropic_api_key else None,
-    model=settings.claude_model,
-    effort=settings.claude_effort,
-    system_prompt=settings.system_prompt,
-    max_turns=settings.max_turns,
-)
-if not line.claude:
-    log.warning("ANTHROPIC_API_KEY is not set: the line repeats what it hears")
-if not settings.twilio_auth_token:
-    log.warning("TWILIO_AUTH_TOKEN is not set: only direct requests from this machine are answered")
-
-# What Twilio is to ask next: on the host it has just asked, and where PUBLIC_URL has a path, below that.
-TALKING = urlsplit(settings.public_url).path + "/talking"
-
 app = Flask(__name__, static_folder=None)
-app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # a minute of speech is 12 kB at most, in the longest encoding
-# One proxy in front says how it was called: every platform has one. A client who lies about it gains nothing, as the
-# signature is made with the true address.
-app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
 
-# --- Who may call ---------------------------------------------------------------------------------------------------
-
-
-@app.before_request
-def only_twilio():
-    """Let nobody else in: a stranger could spend the owner's money, and listen to what was said.
-
-    Twilio signs its requests with the account's auth token
-    (https://www.twilio.com/docs/usage/security#validating-requests).
-    """
-    if request.scheme not in ("http", "https"):
-        abort(400)  # an X-Forwarded-Proto that no proxy sends
-    if connection := request.environ.get("gunicorn.socket"):
-        connection.settimeout(5)  # seconds for the rest of the body: half-sent ones would hold all threads
-    # No endpoint: there is nothing at that address, and Flask will say so.
-    if request.endpoint in (None, "healthz") or is_a_browser():
-        return None
-    if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
-        abort(415)
-    if settings.twilio_auth_token:
-        signature = request.headers.get("X-Twilio-Signature", "")
-        if not RequestValidator(settings.twilio_auth_token).validate(called_url(), request.form, signature):
-            log.warning("403 for %s: wrong signature; is the token right, and PUBLIC_URL?", called_url().split("?")[0])
-            abort(403)
-    elif not is_direct():
-        log.warning("403: set TWILIO_AUTH_TOKEN, and requests from Twilio will be answered")
-        abort(403)
-    if "CallSid" not in request.values:
-        abort(400, "No CallSid: this is not about a call.")
-    if settings.allowed_callers and other_party() not in settings.allowed_callers:
-        log.info("call %s: ...%s is not in ALLOWED_CALLERS", request.values["CallSid"], other_party()[-3:])
-        if request.endpoint != "call_comes_in":
-            return goodbye("")  # it has been answered already
-        response = VoiceResponse()
-        response.reject()  # it isn't answered, and costs nothing
-        return twiml(response)
-    return None
-
-
-def is_a_browser():
-    """Whether this is someone who looks whether the app runs: Twilio always says which call it is about."""
-    return request.endpoint == "call_comes_in" and request.method in ("GET", "HEAD") and "CallSid" not in request.args
-
-
-def called_url():
-    """The URL that Twilio called, character by character: ``request.url`` has some of its %-escapes undone."""
-    wire = urlsplit(request.environ.get("RAW_URI") or request.full_path)
-    return (settings.public_url or request.host_url.rstrip("/")) + wire._replace(scheme="", netloc="").geturl()
-
-
-def is_direct():
-    """Whether the request was made on this machine, by a program, to this address: neither through a tunnel or proxy,
-    nor by a page in this machine's browser."""
-    telling = r"(?i)forwarded|^via$|-ip$|^origin$|^referer$|^sec-fetch-"
-    forwarded = any(re.search(telling, name) for name, _ in request.headers)
-    to = urlsplit("//" + request.host).hostname
-    here = ("127.0.0.1", "::1", "::ffff:127.0.0.1", "localhost")
-    return request.remote_addr in here and to in here and not forwarded
-
-
-def other_party():
-    """The number of the one who talks with Claude: who called, or who was called by ``flask ring``."""
-    return request.values.get("To" if request.values.get("Direction", "").startswith("outbound") else "From", "")
-
-
-# --- The call -------------------------------------------------------------------------------------------------------
-
-# What the line says in its own name. None of it is ever kept, or sent to Claude, as if Claude had said it.
+# --- The call -------------------------------------------------------------------------------------
+# What the line says in its own name. None of it is ever kept, or sent to Claude, as Claude's words.
 ARE_YOU_THERE = ["Are you still there?", "I'm listening, whenever you're ready."]
 NOBODY_THERE = "I can't hear anyone, so I'll hang up now. Call again any time. Goodbye!"
 ONE_MOMENT = ["One moment.", "I'm still thinking about that.", "This is taking a little longer."]
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
 NO_ANSWER = "I don't know what to say to that. Could you put it another way?"
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
-# What is added to a reply, by how it ended. A ``stop`` that is in neither table is trouble, and gets SORRY.
-ADD = {
-    "end_turn": "",
-    "stop_sequence": "",
+# What follows a reply, by how the reply ended (its ``stop``). Any other end is trouble: SORRY.
+AFTERWORDS = {
+    "end_turn": "", "stop_sequence": "",
     "max_tokens": "There's more to say about that. Shall I go on?",
-    "refusal": "I can't help with that. What else can I do for you?",
-}
-GOODBYE = {
+    "refusal": "I can't help with that. What else can I do for you?"}
+# After these ends the line hangs up. The words are for a reply without words of its own.
+GOODBYES = {
     "hang_up": "Goodbye!",
-    "max_turns": "We have talked for so long that I have to hang up now. Thank you for the call. Goodbye!",
-}
+    "max_turns": "We have talked for so long that I have to hang up now. Thank you. Goodbye!"}
 
 
 @app.route("/", methods=["GET", "POST"])
 def call_comes_in():
-    """Greet, and listen. The store and Claude aren't needed for that, so nothing can delay it."""
+    """Greet, and listen. That needs neither the store nor Claude, so nothing can delay it."""
     if is_a_browser():
         return page()
-    return listen(settings.greeting)
+    log.info("call %s begins, with %s", request.values["CallSid"], caller(in_log=True))
+    return say_and_listen(speakable(settings.greeting))
 
 
 @app.route("/talking", methods=["GET", "POST"])
 def talking():
     """One step of the conversation: what the caller said, or the rest of a reply, or silence."""
-    talk = Conversation(request.values["CallSid"], line)
-    turn, heard = count("turn"), count("heard")
+    call = Conversation(request.values["CallSid"], line)
+    turn, heard = number_in_url("turn"), number_in_url("heard")
     if error := request.values.get("ErrorCode"):
-        log.error("call %s: Twilio fell back here after its error %s", talk.call_sid, error)
-        return listen(SORRY)
+        log.error("call %s: Twilio fell back here after its error %s", call.call_sid, error)
+        return say_and_listen(SORRY)
     if not turn:
         words = what_was_said()
         if not words:
-            return silence(count("silences") or 1)
+            silences = number_in_url("silences") or 1
+            if silences > len(ARE_YOU_THERE):
+                return goodbye(NOBODY_THERE)
+            return say_and_listen(ARE_YOU_THERE[silences - 1], silences)
         if not line.claude:
-            return listen(f"{NO_KEY} {words}")
-        # No turn if the call is over: nobody hears what is answered then.
-        turn = talk.speak(words, request.headers.get("I-Twilio-Idempotency-Token") or None)
-    return say_reply(turn, heard, talk.listen(turn, heard), count("waited"))
+            return say_and_listen(f"{NO_KEY} {speakable(words)}")
+        turn = call.caller_said(words, request.headers.get("I-Twilio-Idempotency-Token") or None)
+        if not turn:
+            return goodbye("")  # the call is over: nobody hears this
+    return say_reply(turn, heard, *call.reply(turn, heard), number_in_url("waited"))
 
 
 @app.post("/status_callback")
 def status_callback():
-    """The call is over: forget it. Twilio reports the end once, and not always: after a day it is forgotten anyway."""
+    """The call is over: forget it. Twilio may not report that: a day later it is forgotten too."""
     if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
-        Conversation(request.values["CallSid"], line).forget()
+        call_sid, seconds = request.values["CallSid"], request.values.get("CallDuration", "?")
+        log.info("call %s is over: %s s, turns %d, tokens %d in %d out",
+                 call_sid, seconds, *line.store.forget(call_sid))
     return "", 204
 
 
@@ -228,12 +101,10 @@ def status_callback():
 def apologise(error):
     """Whatever went wrong above, the caller is told so, and can go on."""
     if isinstance(error, HTTPException):
-        return error  # a stranger's request, or a browser's
-    if isinstance(error, StoreError):
-        log.error("the database failed: %s", error)
-    else:
-        log.exception("unexpected")
-    return listen(SORRY)
+        return error  # this is no call: a stranger, or a browser
+    expected = isinstance(error, StoreError)
+    log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
+    return say_and_listen(SORRY)
 
 
 def what_was_said():
@@ -244,61 +115,55 @@ def what_was_said():
     return words
 
 
-def count(name):
-    """A count from the query of one of our own URLs; 0 where it isn't there, or isn't a number."""
-    return min(max(0, request.args.get(name, 0, type=int)), 10**9)  # SQLite's integers end somewhere
+def number_in_url(name):
+    """A number that one of our own URLs carries; 0 if it isn't there, or is no number."""
+    number = request.args.get(name, 0, type=int)
+    return min(max(0, number), 10**9)  # a larger one is not ours, and SQLite might refuse it
 
 
-# --- What the caller hears ------------------------------------------------------------------------------------------
-
-# One <Say> takes 3000 characters, and 4500 once they are URL-encoded (https://www.twilio.com/docs/voice/twiml/say):
-# that makes 12 of one character at worst, so a piece has 375. It ends with a sentence, or at least with a word.
+# --- What the caller hears ------------------------------------------------------------------------
+# One <Say> takes 3000 characters, and 4500 once they are URL-encoded
+# (https://www.twilio.com/docs/voice/twiml/say). An emoji becomes 12, so 375 characters always fit.
+# A piece ends with a sentence, or at least with a word.
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
-# One document takes 64 kB. 8000 characters of 5 bytes ("&amp;") are 40 kB, which leaves room for the tags.
+# A document takes 64 kB. 8000 characters of 5 bytes ("&amp;") are 40 kB, with room for the tags.
 LONGEST_ANSWER = 8000
 
 
 def twiml(response):
-    """The answer to Twilio. It is never to be kept: the same words may get another answer."""
-    return app.response_class(str(response), mimetype="text/xml", headers={"Cache-Control": "no-store"})
+    """An answer to Twilio. Nothing on the way may keep it: the next answer is another one."""
+    return app.response_class(
+        str(response), mimetype="text/xml", headers={"Cache-Control": "no-store"})
+
+
+def talking_url(**query):
+    """Where Twilio goes next, on the same host; below PUBLIC_URL's path, if that has one."""
+    url = urlsplit(settings.public_url).path + "/talking"
+    return f"{url}?{urlencode(sorted(query.items()))}" if query else url
 
 
 def say(verb, text):
     """Add <Say>s to a verb: as many as the text needs, none if there is nothing to say."""
-    speech = {"voice": settings.voice or None, "language": settings.language or None}
-    for piece in PIECE.findall(speakable(text)):
-        verb.say(piece, **speech)
+    for piece in PIECE.findall(text.strip()):
+        verb.say(piece, voice=settings.voice or None, language=settings.language or None)
 
 
-def listen(text, silences=0):
-    """Say something, and let the caller speak or press a key, already while it is said.
-
-    Args:
-        text: what is said; it may be empty.
-        silences: how often in a row nobody has spoken.
-    """
+def say_and_listen(text, silences=0):
+    """Say something, and let the caller, silent so often in a row, speak or press a key."""
     response = VoiceResponse()
     gather = response.gather(
         input="speech dtmf",
-        action=TALKING,
+        action=talking_url(),
         method="POST",
-        timeout=5,  # seconds for the caller to begin: enough to think, and then we ask
-        speech_timeout="auto",  # the caller is done at the first pause; the default is to wait for as long as timeout
-        profanity_filter=False,  # or Claude would get "f***"
-        num_digits=1,  # a key is answered at once, where waiting for another would be dead air
+        timeout=5,  # seconds for the caller to begin: enough to think, and then the line asks
+        speech_timeout="auto",  # the first pause ends the words; the default waits 5 s more
+        profanity_filter=False,  # or Claude would read "f***"
+        num_digits=1,  # a key is answered at once; waiting for another one would be dead air
         finish_on_key="",  # so that # is a key like any other
-        language=settings.language or None,
-    )
+        language=settings.language or None)
     say(gather, text)
-    response.redirect(f"{TALKING}?silences={silences + 1}", method="POST")  # Twilio gets here if nobody speaks
+    response.redirect(talking_url(silences=silences + 1), method="POST")  # for a silent caller
     return twiml(response)
-
-
-def silence(silences):
-    """Ask, and ask once more in other words; the third time in a row say goodbye. Claude is told nothing."""
-    if silences <= len(ARE_YOU_THERE):
-        return listen(ARE_YOU_THERE[silences - 1], silences)
-    return goodbye(NOBODY_THERE)
 
 
 def goodbye(text):
@@ -309,32 +174,159 @@ def goodbye(text):
     return twiml(response)
 
 
-def say_reply(turn, heard, reply, waited):
-    """Say what there is of a reply; then come back for the rest, or listen.
-
-    Only the last part stands in a <Gather>, so only there can the caller cut in: after a <Gather> Twilio would wait for
-    the caller before it came back for the rest. Mostly the last part is all but the first sentence.
-
-    Args:
-        turn: the number of the turn.
-        heard: how many characters of the reply have been said before.
-        reply: the rest of it, as far as it has come.
-        waited: how often in a row there was nothing new to say.
-    """
-    text, rest = reply.text[:LONGEST_ANSWER], reply.text[LONGEST_ANSWER:]
-    if rest or not reply.stop:
-        response = VoiceResponse()
+def say_reply(turn, heard, text, stop, waited):
+    """Say the text that there is of a reply; then come back for the rest, or listen. ``heard`` is
+    how many characters were said before, ``waited`` how often in a row there was nothing to say."""
+    # Callers can cut in only on the last part, which stands in a <Gather>: after a <Gather> Twilio
+    # waits for the caller, and doesn't come back for the rest. Mostly the last part is all but the
+    # first sentence.
+    if not stop or len(text) > LONGEST_ANSWER:
+        response, text = VoiceResponse(), text[:LONGEST_ANSWER]
         say(response, text or ONE_MOMENT[waited % len(ONE_MOMENT)])
-        waited = 0 if text else waited + 1
-        response.redirect(f"{TALKING}?turn={turn}&heard={heard + len(text)}&waited={waited}", method="POST")
+        url = talking_url(turn=turn, heard=heard + len(text), waited=0 if text else waited + 1)
+        response.redirect(url, method="POST")
         return twiml(response)
-    if reply.stop in GOODBYE:
-        return goodbye(text if text or heard else GOODBYE[reply.stop])
-    add = ADD.get(reply.stop, SORRY)
-    return listen(f"{text} {add}" if text or heard or add else NO_ANSWER)
+    anything_said = text or heard
+    if stop in GOODBYES:
+        return goodbye(text if anything_said else GOODBYES[stop])
+    afterword = AFTERWORDS.get(stop, SORRY)
+    return say_and_listen(text + afterword if anything_said or afterword else NO_ANSWER)
 
 
-# --- For the owner --------------------------------------------------------------------------------------------------
+# --- Who may call ---------------------------------------------------------------------------------
+# Platforms put one proxy before the app: take scheme and host from what that says. A forged header
+# gains nothing, since the signature covers the real URL.
+app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
+app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # bytes; a minute of speech is 12 kB at most
+
+
+@app.before_request
+def who_may_call():
+    """Three checks: a stranger could spend the owner's money, and hear what was said."""
+    if request.scheme not in ("http", "https"):
+        abort(400)  # an X-Forwarded-Proto that no proxy sends
+    if request.endpoint in (None, "healthz") or is_a_browser():
+        return None  # this is not about a call; without an endpoint Flask says 404
+    return only_forms() or only_twilio() or only_allowed_callers()
+
+
+def only_forms():
+    """Twilio posts forms. Refuse anything else before it is read."""
+    # Under gunicorn: 5 s for the rest of a body. Otherwise half-sent bodies would hold all threads.
+    if connection := request.environ.get("gunicorn.socket"):
+        connection.settimeout(5)
+    if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
+        abort(415)
+
+
+def only_twilio():
+    """Twilio signs what it sends, with the account's auth token
+    (https://www.twilio.com/docs/usage/security#validating-requests)."""
+    token, signature = settings.twilio_auth_token, request.headers.get("X-Twilio-Signature", "")
+    if not token:  # the validator takes an empty one for a token like any other
+        log.warning("403: set TWILIO_AUTH_TOKEN, and Twilio's requests will be answered")
+        abort(403)
+    if not RequestValidator(token).validate(called_url(), request.form, signature):
+        url = called_url().partition("?")[0]
+        log.warning("403 for %s: wrong signature; is the token right, and PUBLIC_URL?", url)
+        abort(403)
+    if "CallSid" not in request.values:
+        abort(400)
+
+
+def only_allowed_callers():
+    """Everyone may call, or only the numbers in ALLOWED_CALLERS."""
+    if not settings.allowed_callers or caller() in settings.allowed_callers:
+        return None
+    if request.endpoint != "call_comes_in":
+        return goodbye("")  # this call has been answered already
+    log.info("call %s rejected: %s is not in ALLOWED_CALLERS",
+             request.values["CallSid"], caller(in_log=True))
+    response = VoiceResponse()
+    response.reject()  # the call isn't answered, and costs nothing
+    return twiml(response)
+
+
+def called_url():
+    """The URL that Twilio called, as it was sent: ``request.url`` has some %-escapes undone."""
+    sent = urlsplit(request.environ.get("RAW_URI") or request.full_path)  # gunicorn has the former
+    path = sent._replace(scheme="", netloc="").geturl()  # some proxies send the whole URL
+    return (settings.public_url or request.host_url.rstrip("/")) + path
+
+
+def caller(in_log=False):
+    """The number of the one who talks with Claude: who called, or whom ``flask ring`` called."""
+    outbound = request.values.get("Direction", "").startswith("outbound")
+    number = request.values.get("To" if outbound else "From", "")
+    if in_log:
+        return f"...{number[-3:]}" if phone_number(number) else "a withheld number"  # no more
+    return number
+
+
+def is_a_browser():
+    """True for a person who looks whether the line runs. Twilio always sends a CallSid."""
+    return request.path == "/" and request.method != "POST" and "CallSid" not in request.args
+
+
+# --- Settings -------------------------------------------------------------------------------------
+# For each environment variable: its default, a pattern for its values, and what it takes in words.
+# A value in quotes, or "...", was pasted and not meant: no pattern lets it through.
+TEXT = r"""(?s)(?!(["']).*\1$).*\w.*"""
+SETTINGS = {
+    "ANTHROPIC_API_KEY": ("", r"(?!.*\.\.)[\w.~+/-]{8,}=*", "the key as Anthropic shows it"),
+    "TWILIO_AUTH_TOKEN": ("", r"[\w-]+", "the token as Twilio shows it"),
+    "TWILIO_ACCOUNT_SID": ("", r"AC[0-9a-fA-F]{32}", "AC and 32 hexadecimal digits"),
+    "PUBLIC_URL": ("", r"https?://\w[\w.-]*(:\d+)?(/[\w./~%-]*)?", "an address: https://host/path"),
+    "CLAUDE_MODEL": ("claude-haiku-5-5", r"[\w.:/@-]+", "the name of a model"),
+    "CLAUDE_EFFORT": ("low", "low|medium|high|xhigh|max", "low, medium, high, xhigh or max"),
+    "SYSTEM_PROMPT": (SYSTEM_PROMPT, TEXT, "words, without quotes around them"),
+    "GREETING": ("Hello, this is Claude speaking!", TEXT, "words, without quotes around them"),
+    "VOICE": ("", r"[\w.-]+", "a voice of Twilio's, like Polly.Amy-Neural"),
+    "LANGUAGE": ("", r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*", "a language, like en-GB"),
+    "ALLOWED_CALLERS": ("", r"[+\d ().,/-]+", "numbers like +15551234567, separated by commas"),
+    "MAX_TURNS": ("100", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
+    "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*",
+                     "sqlite:/// and the path of a file, without ~: no other database is used")}
+
+
+class Settings:
+    """The environment variables, as attributes with small letters. A value that can't be used is a
+    ValueError: that says what the variable takes, but not the value, which may be a secret."""
+
+    def __init__(self, environ):
+        for name, (default, pattern, takes) in SETTINGS.items():
+            value = environ.get(name, "").strip()
+            if name == "LANGUAGE" and re.search("[_:]", value):
+                value = ""  # en_GB:en is the operating system's, for the programs on its screen
+            # Some models refuse any effort, so an empty CLAUDE_EFFORT is not the default.
+            if not value and not (name == "CLAUDE_EFFORT" and name in environ):
+                value = default
+            if value and not re.fullmatch(pattern, value):
+                raise ValueError(f"{name} takes {takes}")
+            setattr(self, name.lower(), value)
+        self.public_url, self.max_turns = self.public_url.rstrip("/"), int(self.max_turns)
+        numbers = [phone_number(text) for text in self.allowed_callers.split(",") if text.strip()]
+        if None in numbers or (self.allowed_callers and not numbers):
+            raise ValueError(f"ALLOWED_CALLERS takes {SETTINGS['ALLOWED_CALLERS'][2]}")
+        self.allowed_callers = set(numbers)
+
+
+def phone_number(text):
+    """A number as Twilio writes it, like +442079460958, from one as people write it, like
+    +44 (0)20 7946 0958; None if it is none (https://www.itu.int/rec/T-REC-E.164)."""
+    number = re.sub(r"\(0\)|[ ()./-]", "", text)
+    return number if re.fullmatch(r"\+[1-9][0-9]{6,14}", number) else None
+
+
+try:
+    settings = Settings(os.environ)
+except ValueError as error:
+    print(f"Voice Claude can't start: {error}.", file=sys.stderr)
+    sys.exit(4)  # gunicorn knows by this status that it need not try again
+key, path = settings.anthropic_api_key, settings.database_url.removeprefix("sqlite:///")
+line = Line(settings, Store(path), claude_client(key) if key else None)
+
+# --- For the owner --------------------------------------------------------------------------------
 
 
 @app.get("/healthz")
@@ -342,145 +334,123 @@ def healthz():
     """For the platform: 200 as long as calls can be remembered."""
     try:
         line.store.check()
+        return "Voice Claude is well.\n"
     except StoreError as error:
         log.error("the database failed: %s", error)
         return "The database failed: see the log.\n", 503
-    return "Voice Claude is well.\n"
 
 
 def page():
-    """For whoever opens the address in a browser."""
+    """For a person who opens the address in a browser."""
     base = settings.public_url or request.host_url.rstrip("/")
-    text = f"""Voice Claude is running. These are the addresses for your Twilio number, all with POST:
+    text = f"""Voice Claude is running. The addresses for your Twilio number, all with POST:
 
     A call comes in         {base}/
     Primary handler fails   {base}/talking
-    Call status changes     {base}/status_callback
-"""
-    if not settings.twilio_auth_token:
-        text += "\nTWILIO_AUTH_TOKEN is not set yet: until it is, Twilio's calls are refused.\n"
-    if not line.claude:
-        text += "\nANTHROPIC_API_KEY is not set yet: until it is, the line repeats what it hears.\n"
+    Call status changes     {base}/status_callback\n"""
+    for name in "TWILIO_AUTH_TOKEN", "ANTHROPIC_API_KEY":
+        text += "" if getattr(settings, name.lower()) else f"\n{name} is not set yet.\n"
     return app.response_class(text, mimetype="text/plain")
 
 
-# --- flask connect, flask ring ----------------------------------------------------------------------------------------
+def announce():
+    """Tell the log what runs here, in one line, and what the owner may have missed."""
+    callers = len(settings.allowed_callers)
+    log.info("Voice Claude: model %s, effort %s, database %s, calls from %s, %d turns a call",
+             settings.claude_model, settings.claude_effort or "none", settings.database_url,
+             f"{callers} numbers" if callers else "everyone", settings.max_turns)
+    for name, so in [("TWILIO_AUTH_TOKEN", "no call is answered"),
+                     ("ANTHROPIC_API_KEY", "the line repeats what it hears"),
+                     ("ALLOWED_CALLERS", "whoever dials the number talks at your expense")]:
+        if not getattr(settings, name.lower()):
+            log.warning("%s is not set: %s", name, so)
+    for name in sorted(set(os.environ) - set(SETTINGS)):
+        for setting in difflib.get_close_matches(name.upper(), SETTINGS, n=1, cutoff=0.8):
+            log.warning("%s is not a setting of this line: %s is", name, setting)
 
-# For the owner's terminal. What stands in the way is a ClickException: click says it in one line, and exits with 1.
-its_number = click.option("--number", help="The line's own number, like +15551234567, if the account has several.")
 
-
+# --- flask connect, flask ring --------------------------------------------------------------------
 @app.cli.command("connect")
 @click.argument("address")
-@its_number
+@click.option("--number", help="The line's own number, if the account has several.")
 def connect(address, number):
     """Point a Twilio number at the app that runs at ADDRESS."""
-    address = this_app(address)
-    own = own_number(twilio_client(), number)
-    if hidden_by := own.trunk_sid or own.voice_application_sid:
-        kind = "trunk" if own.trunk_sid else "TwiML app"
-        trouble = f"{own.phone_number} is answered by the {kind} {hidden_by}, and would ignore this address"
-        raise click.ClickException(f"{trouble}: take that off the number in Twilio's console, and try again.")
-    wanted = {
-        "voice_url": f"{address}/",
-        "voice_method": "POST",
-        "voice_fallback_url": f"{address}/talking",
-        "voice_fallback_method": "POST",
-        "status_callback": f"{address}/status_callback",
-        "status_callback_method": "POST",
-    }
-    changes = {name: value for name, value in wanted.items() if getattr(own, name) != value}
-    if not changes:
-        click.echo(f"{own.phone_number} is connected to {address} already.")
-        return
-    ask(own.update, **wanted)
-    click.echo(f"{own.phone_number} is connected to {address} now.")
-    for name, value in changes.items():
-        before = re.sub(r"//[^/?#]*@", "//", getattr(own, name) or "nothing")  # a URL can have a password in it
-        click.echo(f"    {name}: {value} (before: {before})")
+    with line_at(address, number) as (_, own, urls):
+        if other := own.trunk_sid or own.voice_application_sid:
+            sys.exit(f"{own.phone_number} is answered by the trunk or TwiML app {other}. "
+                     "Take that off the number in Twilio's console.")
+        before = {name: getattr(own, name) for name in urls if getattr(own, name) != urls[name]}
+        if before:
+            own.update(**urls)
+    click.echo(f"{own.phone_number} {'is now' if before else 'was already'} connected.")
+    for name, old in before.items():
+        old = re.sub("//[^/?#]*@", "//", old or "nothing")  # a URL can have a password in it
+        click.echo(f"    {name}: {urls[name]} (before: {old})")
 
 
 @app.cli.command("ring")
 @click.argument("to")
 @click.argument("address")
-@its_number
+@click.option("--number", help="The line's own number, if the account has several.")
 def ring(to, address, number):
     """Call the number TO from the line that runs at ADDRESS."""
-    if not re.fullmatch(r"\+[0-9]+", to):
-        raise click.ClickException("TO takes a number like +15557654321.")
     if settings.allowed_callers and to not in settings.allowed_callers:
-        raise click.ClickException(f"{to} is not in ALLOWED_CALLERS: the line would hang up.")
-    address = this_app(address)
-    twilio = twilio_client()
-    own = own_number(twilio, number)
-    urls = {"url": f"{address}/", "fallback_url": f"{address}/talking", "status_callback": f"{address}/status_callback"}
-    call = ask(twilio.calls.create, to=to, from_=own.phone_number, **urls)  # for a call out, POST is the default
+        sys.exit(f"{to} is not in ALLOWED_CALLERS: the line would hang up.")
+    with line_at(address, number) as (twilio, own, urls):
+        urls = {name.removeprefix("voice_"): url for name, url in urls.items()}  # as a call has it
+        call = twilio.calls.create(to=to, from_=own.phone_number, **urls)
     click.echo(f"{own.phone_number} is calling {to}: {call.sid}")
 
 
-class AsItComes(urllib.request.HTTPErrorProcessor):
-    """Takes any answer as it comes: no redirect is followed, and no status is an exception."""
-
-    def https_response(self, request, response):
-        return response
-
-
-def this_app(address):
-    """The address, without a slash at its end, once its /healthz has said that it is this app's."""
-    if not re.fullmatch(r"https://[A-Za-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9./~_%-]*)?", address):
-        raise click.ClickException("ADDRESS takes https://, a host and maybe a path, like https://my-line.example.com")
-    address = address.rstrip("/")
-    try:
-        # 10 seconds: Twilio wouldn't wait much longer.
-        with urllib.request.build_opener(AsItComes).open(f"{address}/healthz", timeout=10) as answer:
-            status, text, location = answer.status, answer.read(100), answer.headers["Location"]
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have that name
-        reason = getattr(error, "reason", type(error).__name__)
-        raise click.ClickException(f"{address} gives no answer: {reason}") from error
-    if location:
-        raise click.ClickException(f"{address} leads on to {location!a}: Twilio needs an address that answers itself.")
-    if status == 503:
-        raise click.ClickException(f"The app at {address} is not well: see its log.")
-    if status != 200 or not text.startswith(b"Voice Claude"):
-        raise click.ClickException(f"What answers at {address}/healthz (status {status}) is not this app.")
-    return address
-
-
-def twilio_client():
-    """Twilio's REST API, as the account that the environment names."""
-    needed = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN")
-    if missing := [name for name in needed if not getattr(settings, name.lower())]:
-        raise click.ClickException(f"Set {' and '.join(missing)}: https://console.twilio.com shows both.")
-    from twilio.http.http_client import TwilioHttpClient  # 27 MB, with all it needs: not for the line itself
+@contextlib.contextmanager
+def line_at(address, number):
+    """Twilio's client, the line's own number, and what Twilio is to ask the line at this address.
+    Whatever goes wrong, also later in the ``with``, is one sentence in the terminal."""
+    from twilio.http.http_client import TwilioHttpClient  # 27 MB that the line itself never needs
     from twilio.rest import Client
 
-    patient = TwilioHttpClient(timeout=5)  # seconds: it answers in one, and by default it would be waited for for ever
-    twilio = Client(settings.twilio_account_sid, settings.twilio_auth_token, http_client=patient)
-    ask(twilio.api.account.fetch)  # says what is wrong with the credentials, where a list only says that it failed
-    return twilio
-
-
-def own_number(twilio, number):
-    """The line's own number: the one that was chosen, or the only one there is."""
-    numbers = ask(twilio.incoming_phone_numbers.list)
-    found = [one for one in numbers if number in (None, one.phone_number)]
-    if not found:
-        raise click.ClickException(f"The account has no number {number}." if number else "The account has no number.")
-    if len(found) > 1:
-        listed = "\n    ".join(one.phone_number for one in found)
-        raise click.ClickException(f"The account has several numbers: say which, with --number.\n    {listed}")
-    return found[0]
-
-
-def ask(method, /, **what):
-    """What Twilio's REST API answers, or why it doesn't."""
+    address = address.rstrip("/")
+    if not re.fullmatch(r"(?a)https://[a-z0-9.-]+(:\d+)?(/[\w./~-]*)?", address):
+        sys.exit("ADDRESS takes an address like https://my-line.example.com")
+    http = TwilioHttpClient(timeout=10)  # seconds; by default it waits for ever
+    twilio = Client(settings.twilio_account_sid, settings.twilio_auth_token, http_client=http)
     try:
-        return method(**what)
+        twilio.api.account.fetch()  # says that the token is wrong, where a list only fails
+        own = {one.phone_number: one for one in twilio.incoming_phone_numbers.list()}
+        if len(own) == 1 and not number:
+            (number,) = own
+        if number not in own:
+            sys.exit(f"Choose with --number one of: {', '.join(own) or 'none'}")
+        make_sure_that_it_answers(address, http)
+        urls = {}
+        for name, path in ("voice_url", "/"), ("voice_fallback_url", "/talking"), (
+                "status_callback", "/status_callback"):
+            urls |= {name: address + path, f"{name.removesuffix('_url')}_method": "POST"}
+        yield twilio, own[number], urls
     except TwilioRestException as error:
-        if error.status == 401:
-            raise click.ClickException("Twilio refuses TWILIO_ACCOUNT_SID with TWILIO_AUTH_TOKEN.") from error
-        # Not str(error): on a terminal that is many lines, in colours.
-        raise click.ClickException(f"Twilio says no: {error.msg} (error {error.code})") from error
-    except (TwilioException, OSError, ValueError) as error:  # OSError: the network; ValueError: what came isn't JSON
-        doubt = "; it may have done it all the same" if method.__name__ in ("update", "create") else ""
-        raise click.ClickException(f"Twilio gave no answer of use ({type(error).__name__}){doubt}.") from error
+        both = "TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN as https://console.twilio.com shows them"
+        sys.exit(f"Set {both}." if error.status == 401 else f"Twilio says no: {error.msg}")
+    except (TwilioException, OSError, ValueError) as error:  # ValueError: what came isn't JSON
+        sys.exit(f"No answer of use: {error}")  # names the host that was asked
+
+
+def make_sure_that_it_answers(address, http):
+    """Send what Twilio sends when a call comes in. The line only greets, so this costs nothing."""
+    url, number = f"{address}/", min(settings.allowed_callers, default="+15551234567")
+    call = {"CallSid": "CA" + "0" * 32, "From": number, "CallStatus": "ringing"}
+    signature = RequestValidator(settings.twilio_auth_token).compute_signature(url, call)
+    answer = http.request("POST", url, data=call, headers={"X-Twilio-Signature": signature})
+    if answer.status_code == 403:
+        sys.exit(f"The line at {address} refuses calls. Set there TWILIO_AUTH_TOKEN to the token "
+                 f"that is set here, and PUBLIC_URL to {address}")
+    if answer.status_code != 200 or "<Response" not in answer.text:
+        seen = answer.headers.get("Location") or answer.text[:50]
+        sys.exit(f"Not this app: {url} answers {answer.status_code}, {seen!a}")
+
+
+# --- The start ------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    sys.exit("Start the line with: gunicorn app:app --threads 200 --keep-alive 95")
+if not set(sys.argv) & set(app.cli.commands):  # a command of these is no line
+    announce()

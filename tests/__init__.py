@@ -15,5 +15,8 @@ Tests, all of which ``python -m pytest`` runs:
     test_who_may_call.py     only Twilio gets in, and only for those who may call
     test_connect.py          ``flask connect`` and ``flask ring``
     test_readme.py           the README keeps its word
+    test_unnoticed.py        what could break without anybody noticing
+    test_owner.py            what the owner reads at the start, and in the log
     test_phone.py            the telephone is as strict as Twilio
+    test_claude.py           the pretend Claude is as strict as Anthropic's API
 """

@@ -23,13 +23,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+import conversation
 from tests.claude import KEY, Claude, Reply
 from tests.phone import ROOT, App, Phone
 
 README = (ROOT / "README.md").read_text()
 COMMAND = (ROOT / "Procfile").read_text().strip().removeprefix("web: ")
 CODE = {name: (ROOT / name).read_text() for name in ("app.py", "conversation.py", "store.py")}
-TOKEN = "a token"
+TOKEN = "a-token"
 
 # --- Reading the README -----------------------------------------------------------------------------------------------
 
@@ -131,7 +132,8 @@ def apps(tmp_path_factory, request):
 
         started = {
             "real": start(ROOT, ANTHROPIC_API_KEY=KEY, TWILIO_AUTH_TOKEN=TOKEN),
-            "no key": start(ROOT),
+            "no key": start(ROOT, TWILIO_AUTH_TOKEN=TOKEN),
+            "no token": start(ROOT, TWILIO_AUTH_TOKEN=""),
         }
         for step in STEPS:
             folder = tmp_path_factory.mktemp("step")
@@ -286,9 +288,9 @@ def test_what_became_of_the_durable_object_stands_in_the_code():
             assert code in CODE or any(code in source for source in CODE.values()), f"{row}: {code}"
 
 
-def test_how_long_the_webhook_waits(app_module):
+def test_how_long_the_webhook_waits():
     (seconds,) = re.findall(r"has waited\sfor (\d+)\sseconds", PROSE)
-    assert float(seconds) == app_module.conversation.PATIENCE
+    assert float(seconds) == conversation.PATIENCE
 
 
 def routes(app_module):
@@ -417,7 +419,7 @@ def test_what_an_error_of_claude_s_sounds_and_looks_like(row, apps):
 
 @pytest.mark.parametrize(
     "logged, which, token, headers",
-    [("wrong signature", "real", "another token", {}), ("set TWILIO_AUTH_TOKEN", "no key", None, {"Via": "a proxy"})],
+    [("wrong signature", "real", "another token", {}), ("set TWILIO_AUTH_TOKEN", "no token", TOKEN, {})],
 )
 def test_who_is_refused_hears_twilio_s_error(logged, which, token, headers, apps):
     app, _ = apps(which)
