@@ -6,6 +6,7 @@ Twilio asks these URLs what to do with a call, and is answered in TwiML
     /                  a call comes in: greet, and listen
     /talking           the caller spoke, pressed a key or stayed silent; the rest of a reply is
                        due; or Twilio got no good answer, and falls back here with an ErrorCode
+    /hand_over         the person who is to take the call has answered
     /status_callback   the call is over
 
 Whatever goes wrong, what Twilio asks is answered in TwiML: with anything else the caller would hear
@@ -18,17 +19,18 @@ import logging
 import os
 import re
 import sys
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import click
-from flask import Flask, abort, request
+from flask import Flask, abort, g, request
 from twilio.base.exceptions import TwilioException, TwilioRestException
 from twilio.request_validator import RequestValidator
 from twilio.twiml.voice_response import VoiceResponse
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from conversation import SYSTEM_PROMPT, Conversation, Line, claude_client, speakable
+from conversation import (
+    SWITCH, SYSTEM_PROMPT, Caller, Conversation, Line, claude_client, own_words, speakable)
 from store import Store, StoreError
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -43,6 +45,10 @@ NOBODY_THERE = "I can't hear anyone, so I'll hang up now. Call again any time. G
 ONE_MOMENT = ["One moment.", "I'm still thinking about that.", "This is taking a little longer."]
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
 NO_ANSWER = "I don't know what to say to that. Could you put it another way?"
+HANDING_OVER = "I'll put you through now. One moment."
+NOBODY_TOOK_IT = "Nobody could take your call just now. Is there anything else I can do for you?"
+A_CALLER = "A caller from Voice Claude:"
+PRESS_ANY_KEY = "Press any key to take the call."
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
 # What follows a reply, by how the reply ended (its ``stop``). Any other end is trouble: SORRY.
 AFTERWORDS = {
@@ -53,6 +59,8 @@ AFTERWORDS = {
 GOODBYES = {
     "hang_up": "Goodbye!",
     "max_turns": "We have talked for so long that I have to hang up now. Thank you. Goodbye!"}
+OWN_WORDS = [*ARE_YOU_THERE, NOBODY_THERE, *ONE_MOMENT, SORRY, NO_ANSWER, HANDING_OVER, A_CALLER,
+             NOBODY_TOOK_IT, PRESS_ANY_KEY, *filter(None, AFTERWORDS.values()), *GOODBYES.values()]
 
 
 @app.route("/", methods=["GET", "POST"])
@@ -60,7 +68,7 @@ def call_comes_in():
     """Greet, and listen. That needs neither the store nor Claude, so nothing can delay it."""
     if is_a_browser():
         return page()
-    log.info("call %s begins, with %s", request.values["CallSid"], caller(in_log=True))
+    log.info("call %s begins, with %s", request.values["CallSid"], last_digits())
     return say_and_listen(speakable(settings.greeting))
 
 
@@ -72,18 +80,21 @@ def talking():
     if error := request.values.get("ErrorCode"):
         log.error("call %s: Twilio fell back here after its error %s", call.call_sid, error)
         return say_and_listen(SORRY)
+    if "DialCallStatus" in request.values:
+        return handed_over()
     if not turn:
         words = what_was_said()
         if not words:
             silences = number_in_url("silences") or 1
             if silences > len(ARE_YOU_THERE):
                 return goodbye(NOBODY_THERE)
-            return say_and_listen(ARE_YOU_THERE[silences - 1], silences)
+            return say_and_listen(ARE_YOU_THERE[silences - 1], silences=silences)
         if not line.claude:
-            return say_and_listen(f"{NO_KEY} {speakable(words)}")
-        turn = call.caller_said(words, request.headers.get("I-Twilio-Idempotency-Token") or None)
+            return say_and_listen(NO_KEY, speakable(words))
+        delivery = request.headers.get("I-Twilio-Idempotency-Token") or None
+        turn = call.caller_said(words, delivery, the_caller())
         if not turn:
-            return goodbye("")  # the call is over: nobody hears this
+            return goodbye()  # the call is over: nobody hears this
     return say_reply(turn, heard, *call.reply(turn, heard), number_in_url("waited"))
 
 
@@ -104,7 +115,7 @@ def apologise(error):
         return error  # this is no call: a stranger, or a browser
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
-    return say_and_listen(SORRY)
+    return goodbye() if request.endpoint == "hand_over" else say_and_listen(SORRY)
 
 
 def what_was_said():
@@ -136,40 +147,51 @@ def twiml(response):
         str(response), mimetype="text/xml", headers={"Cache-Control": "no-store"})
 
 
-def talking_url(**query):
-    """Where Twilio goes next, on the same host; below PUBLIC_URL's path, if that has one."""
-    url = urlsplit(settings.public_url).path + "/talking"
-    return f"{url}?{urlencode(sorted(query.items()))}" if query else url
+def url(path, **query):
+    """Where Twilio goes next, on the same host; below PUBLIC_URL's path, if that has one. The URL
+    carries the language of the call, if that isn't the line's first."""
+    path = urlsplit(settings.public_url).path + path
+    query |= {"language": g.language} if language_of_call() != settings.languages[0] else {}
+    return f"{path}?{urlencode(sorted(query.items()))}" if query else path
 
 
-def say(verb, text):
-    """Add <Say>s to a verb: as many as the text needs, none if there is nothing to say."""
-    for piece in PIECE.findall(text.strip()):
-        verb.say(piece, voice=settings.voice or None, language=settings.language or None)
+def say(verb, *texts):
+    """Add <Say>s to a verb: as many as the texts need, none if there is nothing to say."""
+    for text in texts:
+        language = language_of_call()
+        if text in OWN_WORDS and not language.startswith("en") and language:
+            # In the call's language, once they are translated; until then in English.
+            translated = own_words(line, OWN_WORDS, language)
+            text, language = translated.get(text, text), language if translated else "en-US"
+        for piece in PIECE.findall(text.strip()):
+            verb.say(piece, voice=settings.voices.get(language), language=language or None)
 
 
-def say_and_listen(text, silences=0):
+def say_and_listen(*texts, silences=0):
     """Say something, and let the caller, silent so often in a row, speak or press a key."""
     response = VoiceResponse()
     gather = response.gather(
         input="speech dtmf",
-        action=talking_url(),
+        action=url("/talking"),
         method="POST",
         timeout=5,  # seconds for the caller to begin: enough to think, and then the line asks
-        speech_timeout="auto",  # the first pause ends the words; the default waits 5 s more
+        # The first pause ends the words, or a second of silence, as the models want it; the
+        # default waits 5 s more.
+        speech_timeout="1" if settings.speech_model else "auto",
+        speech_model=settings.speech_model or None,
         profanity_filter=False,  # or Claude would read "f***"
         num_digits=1,  # a key is answered at once; waiting for another one would be dead air
         finish_on_key="",  # so that # is a key like any other
-        language=settings.language or None)
-    say(gather, text)
-    response.redirect(talking_url(silences=silences + 1), method="POST")  # for a silent caller
+        language=language_of_call() or None)
+    say(gather, *texts)
+    response.redirect(url("/talking", silences=silences + 1), method="POST")  # for a silent caller
     return twiml(response)
 
 
-def goodbye(text):
+def goodbye(*texts):
     """Say something, and hang up."""
     response = VoiceResponse()
-    say(response, text)
+    say(response, *texts)
     response.hangup()
     return twiml(response)
 
@@ -182,15 +204,77 @@ def say_reply(turn, heard, text, stop, waited):
     # first sentence.
     if not stop or len(text) > LONGEST_ANSWER:
         response, text = VoiceResponse(), text[:LONGEST_ANSWER]
-        say(response, text or ONE_MOMENT[waited % len(ONE_MOMENT)])
-        url = talking_url(turn=turn, heard=heard + len(text), waited=0 if text else waited + 1)
-        response.redirect(url, method="POST")
+        heard, waited = heard + len(text), 0 if text else waited + 1
+        say(response, in_its_language(text) or ONE_MOMENT[(waited - 1) % len(ONE_MOMENT)])
+        response.redirect(url("/talking", turn=turn, heard=heard, waited=waited), method="POST")
         return twiml(response)
+    text = in_its_language(text)
     anything_said = text or heard
+    if stop.startswith("hand_over"):
+        return hand_over_to(settings.hand_over_to, turn, text if anything_said else HANDING_OVER)
     if stop in GOODBYES:
         return goodbye(text if anything_said else GOODBYES[stop])
     afterword = AFTERWORDS.get(stop, SORRY)
-    return say_and_listen(text + afterword if anything_said or afterword else NO_ANSWER)
+    return say_and_listen(text, afterword if anything_said or afterword else NO_ANSWER)
+
+
+def in_its_language(text):
+    """The words of a part of a reply, which may begin with a switch of the call's language."""
+    _, switch, rest = text.partition(SWITCH[0])
+    if switch:
+        g.language, _, text = rest.partition(SWITCH[-1])
+    return text
+
+
+def language_of_call():
+    """What is spoken and listened for. The URL that Twilio asks says so; or the one that went
+    wrong, where Twilio falls back to another."""
+    if "language" not in g:
+        asked = request.values.get("ErrorUrl") or request.url
+        (g.language,) = parse_qs(urlsplit(asked).query).get("language", settings.languages)[:1]
+        if g.language not in settings.languages:
+            g.language = settings.languages[0]
+    return g.language
+
+
+# --- Handing a call over (with HAND_OVER_TO) ------------------------------------------------------
+
+
+def hand_over_to(number, turn, *texts):
+    """Say something, and dial a person. What that person hears first is asked of /hand_over."""
+    response = VoiceResponse()
+    say(response, *texts)
+    own = request.values.get("From" if is_outbound() else "To")
+    # After 20 s of ringing nobody comes. The caller hears it ring, as the call isn't bridged yet.
+    dial = response.dial(action=url("/talking"), method="POST", timeout=20, caller_id=own,
+                         answer_on_bridge=True)
+    ask = url("/hand_over", call_sid=request.values["CallSid"], turn=turn)
+    dial.number(number, url=ask, method="POST")
+    return twiml(response)
+
+
+@app.post("/hand_over")
+def hand_over():
+    """Someone has answered: a person, who presses a key and is put through, or a voicemail."""
+    response = VoiceResponse()
+    if "Digits" not in request.values:
+        turn = number_in_url("turn")
+        found = line.store.turns(request.args.get("call_sid"), turn, turn)
+        reason = [stop.partition(":")[2] for _, _, stop, _ in found if stop]
+        if not reason:
+            return goodbye()  # the caller is gone
+        gather = response.gather(input="dtmf", num_digits=1, finish_on_key="", timeout=10,
+                                 action=url("/hand_over"), method="POST")
+        say(gather, A_CALLER, *reason, PRESS_ANY_KEY)
+        response.hangup()
+    return twiml(response)
+
+
+def handed_over():
+    """The person has hung up, or nobody took the call, and the caller is still there."""
+    status, bridged = request.values["DialCallStatus"], request.values.get("DialBridged")
+    log.info("call %s handed over: %s", request.values["CallSid"], status)
+    return goodbye(GOODBYES["hang_up"]) if bridged == "true" else say_and_listen(NOBODY_TOOK_IT)
 
 
 # --- Who may call ---------------------------------------------------------------------------------
@@ -236,12 +320,14 @@ def only_twilio():
 
 def only_allowed_callers():
     """Everyone may call, or only the numbers in ALLOWED_CALLERS."""
-    if not settings.allowed_callers or caller() in settings.allowed_callers:
+    if not settings.allowed_callers or the_caller().number in settings.allowed_callers:
         return None
+    if request.endpoint == "hand_over":
+        return None  # the line itself has called that person
     if request.endpoint != "call_comes_in":
-        return goodbye("")  # this call has been answered already
+        return goodbye()  # this call has been answered already
     log.info("call %s rejected: %s is not in ALLOWED_CALLERS",
-             request.values["CallSid"], caller(in_log=True))
+             request.values["CallSid"], last_digits())
     response = VoiceResponse()
     response.reject()  # the call isn't answered, and costs nothing
     return twiml(response)
@@ -254,13 +340,23 @@ def called_url():
     return (settings.public_url or request.host_url.rstrip("/")) + path
 
 
-def caller(in_log=False):
-    """The number of the one who talks with Claude: who called, or whom ``flask ring`` called."""
-    outbound = request.values.get("Direction", "").startswith("outbound")
-    number = request.values.get("To" if outbound else "From", "")
-    if in_log:
-        return f"...{number[-3:]}" if phone_number(number) else "a withheld number"  # no more
-    return number
+def is_outbound():
+    """Whether the line has called, by ``flask ring``, instead of being called."""
+    return request.values.get("Direction", "").startswith("outbound")
+
+
+def the_caller():
+    """The one who talks with Claude: who called, or was called by the line."""
+    who = "To" if is_outbound() else "From"
+    twilio_says = {"city": "City", "region": "State", "country": "Country"}
+    place = {name: request.values.get(who + field) for name, field in twilio_says.items()}
+    return Caller(request.values.get(who, ""), {name: at for name, at in place.items() if at})
+
+
+def last_digits():
+    """The caller's number as it may stand in the log."""
+    number = the_caller().number
+    return f"...{number[-3:]}" if phone_number(number) else "a withheld number"
 
 
 def is_a_browser():
@@ -272,6 +368,7 @@ def is_a_browser():
 # For each environment variable: its default, a pattern for its values, and what it takes in words.
 # A value in quotes, or "...", was pasted and not meant: no pattern lets it through.
 TEXT = r"""(?s)(?!(["']).*\1$).*\w.*"""
+TAG = "[A-Za-z]{2,3}(-[A-Za-z0-9]+)*"
 SETTINGS = {
     "ANTHROPIC_API_KEY": ("", r"(?!.*\.\.)[\w.~+/-]{8,}=*", "the key as Anthropic shows it"),
     "TWILIO_AUTH_TOKEN": ("", r"[\w-]+", "the token as Twilio shows it"),
@@ -281,10 +378,13 @@ SETTINGS = {
     "CLAUDE_EFFORT": ("low", "low|medium|high|xhigh|max", "low, medium, high, xhigh or max"),
     "SYSTEM_PROMPT": (SYSTEM_PROMPT, TEXT, "words, without quotes around them"),
     "GREETING": ("Hello, this is Claude speaking!", TEXT, "words, without quotes around them"),
-    "VOICE": ("", r"[\w.-]+", "a voice of Twilio's, like Polly.Amy-Neural"),
-    "LANGUAGE": ("", r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*", "a language, like en-GB"),
+    "LANGUAGE": ("", rf"{TAG}(\s*,\s*{TAG})*", "a language, like en-GB, or several: en-GB,de-DE"),
+    "VOICE": ("", r"[\w.-]+(\s*,\s*[\w.-]+)*", "a voice of Twilio's for each language in LANGUAGE"),
+    "SPEECH_MODEL": ("", r"[a-z]+[\w.-]*", "a speechModel of Twilio's, like deepgram_nova-3"),
     "ALLOWED_CALLERS": ("", r"[+\d ().,/-]+", "numbers like +15551234567, separated by commas"),
     "MAX_TURNS": ("100", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
+    "WEB_SEARCHES": ("0", r"\d{1,9}", "a whole number"),
+    "HAND_OVER_TO": ("", r"[+\d ()./-]+", "a number like +15551234567"),
     "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*",
                      "sqlite:/// and the path of a file, without ~: no other database is used")}
 
@@ -305,10 +405,18 @@ class Settings:
                 raise ValueError(f"{name} takes {takes}")
             setattr(self, name.lower(), value)
         self.public_url, self.max_turns = self.public_url.rstrip("/"), int(self.max_turns)
-        numbers = [phone_number(text) for text in self.allowed_callers.split(",") if text.strip()]
-        if None in numbers or (self.allowed_callers and not numbers):
-            raise ValueError(f"ALLOWED_CALLERS takes {SETTINGS['ALLOWED_CALLERS'][2]}")
-        self.allowed_callers = set(numbers)
+        self.web_searches = int(self.web_searches)
+        for name in "ALLOWED_CALLERS", "HAND_OVER_TO":
+            written = getattr(self, name.lower())
+            numbers = {phone_number(text) for text in written.split(",") if text.strip()}
+            if None in numbers or (written and not numbers):
+                raise ValueError(f"{name} takes {SETTINGS[name][2]}")
+            setattr(self, name.lower(), numbers)
+        (self.hand_over_to,) = self.hand_over_to or [""]
+        self.languages, voices = re.split(r"\s*,\s*", self.language), self.voice.split(",")
+        if self.voice and len(voices) != len(self.languages):
+            raise ValueError(f"VOICE takes {SETTINGS['VOICE'][2]}")
+        self.voices = dict(zip(self.languages, map(str.strip, voices))) if self.voice else {}
 
 
 def phone_number(text):

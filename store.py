@@ -32,6 +32,12 @@ CREATE TABLE IF NOT EXISTS turns (
     PRIMARY KEY (call_sid, turn),
     UNIQUE (call_sid, delivery)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS phrases (    -- the line's own words, as Claude has translated them
+    language TEXT NOT NULL,
+    phrase   TEXT NOT NULL,             -- in English
+    words    TEXT NOT NULL,
+    PRIMARY KEY (language, phrase)
+) WITHOUT ROWID;
 DROP TABLE IF EXISTS ended;  -- an older version's: this one keeps ended calls in ``calls``
 """
 
@@ -129,6 +135,20 @@ class Store:
             # Or the words would stay in SQLite's write-ahead log until that is written over.
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return counts
+
+    def phrases(self, language):
+        """The line's own words in a language, as {English: words}."""
+        with self._connection() as database:
+            return dict(database.execute(
+                "SELECT phrase, words FROM phrases WHERE language = ?", [language]).fetchall())
+
+    def keep_phrases(self, language, words):
+        """Keep the line's own words in a language, given as {English: words}."""
+        with self._connection() as database:
+            for phrase in words:
+                database.execute("INSERT INTO phrases VALUES (?, ?, ?) ON CONFLICT"
+                                 " (language, phrase) DO UPDATE SET words = excluded.words",
+                                 [language, phrase, words[phrase]])
 
     def check(self):
         """Forget what is old, and see whether the disk is well."""

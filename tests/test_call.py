@@ -330,7 +330,7 @@ def test_claude_is_told_how_to_hang_up_and_what_to_keep(phone, claude):
     phone.call()
     phone.say("What can you do?")
     body = claude.asked("What can you do?")[0].body
-    assert [tool["name"] for tool in body["tools"]] == ["hang_up"]
+    assert [tool["name"] for tool in body["tools"]] == ["hang_up", "clock"]
     assert body["cache_control"] == {"type": "ephemeral"}, "the prompt is paid for once"
 
 

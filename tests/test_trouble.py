@@ -138,7 +138,7 @@ def test_without_a_key_the_line_says_so_and_repeats_what_it_hears(stage):
         for words in ("Hello there!", "<Say>a & b</Say>", "\x0b\x00odd\ufffe"):
             heard = phone.say(words)
             assert "no key" in heard
-        assert "Hello there!" in phone.said[1][0] and "odd" in heard
+        assert "Hello there!" in phone.said[2][0] and "odd" in heard
         assert phone.warnings == [] and not phone.ended
         assert "ANTHROPIC_API_KEY is not set" in app.log()
 
@@ -245,6 +245,9 @@ COUNTED = b"""\
 event: message_start
 data: {"type": "message_start", "message": {"usage": {"input_tokens": 1, "cache_creation_input_tokens": 20, \
 "cache_read_input_tokens": 300, "output_tokens": 1}}}
+
+event: content_block_start
+data: {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
 
 event: content_block_delta
 data: {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "I can."}}

@@ -169,6 +169,7 @@ def usage(**counts):
 
 
 BEGIN = usage(input_tokens=1, output_tokens=1)
+BLOCK = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
 END = {
     "type": "message_delta",
     "delta": {"stop_reason": "end_turn", "stop_sequence": None},
@@ -195,7 +196,7 @@ UNKNOWN = {
 def test_what_claude_may_send_some_day_disturbs_nobody(phone, claude, kind):
     claude.when(
         f"Send {kind}.",
-        Reply(body=events(BEGIN, text(FIRST), UNKNOWN[kind], text(" And another."), END)),
+        Reply(body=events(BEGIN, BLOCK, text(FIRST), UNKNOWN[kind], text(" And another."), END)),
     )
     phone.call()
     assert phone.say(f"Send {kind}.") == f"{FIRST} And another."
@@ -223,7 +224,7 @@ BROKEN = {
 def test_an_event_that_makes_no_sense_ends_the_reply_and_not_the_call(stage, app, kind, before):
     words = f"Send {kind} after {before!r}."
     stage.claude.when(
-        words, Reply(body=events(BEGIN, text(f"{before} "), BROKEN[kind], text("Late."), END))
+        words, Reply(body=events(BEGIN, BLOCK, text(f"{before} "), BROKEN[kind], text("Late."), END))
     )
     phone = stage.phone(app)
     phone.call()
@@ -264,7 +265,7 @@ def test_tokens_that_were_not_counted_disturb_nobody(phone, stage, claude):
         cache_read_input_tokens=None,
         output_tokens=1,
     )
-    claude.when("Don't count.", Reply(body=events(counts, text(FIRST), END)))
+    claude.when("Don't count.", Reply(body=events(counts, BLOCK, text(FIRST), END)))
     phone.call()
     assert phone.say("Don't count.") == FIRST
     wait_until(
