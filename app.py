@@ -14,7 +14,10 @@ Whatever goes wrong, what Twilio asks is answered in TwiML: with anything else t
 """
 
 import contextlib
+import datetime
 import difflib
+import hmac
+import json
 import logging
 import os
 import re
@@ -30,7 +33,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from conversation import (
-    SWITCH, SYSTEM_PROMPT, Caller, Conversation, Line, claude_client, own_words, speakable)
+    SWITCH, SYSTEM_PROMPT, Caller, Conversation, Line, claude_client, heard_and_not, own_words,
+    speakable)
 from store import Store, StoreError
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -56,19 +60,31 @@ AFTERWORDS = {
     "max_tokens": "There's more to say about that. Shall I go on?",
     "refusal": "I can't help with that. What else can I do for you?"}
 # After these ends the line hangs up. The words are for a reply without words of its own.
+TOMORROW = "This line has talked so much today that it has to rest. Please try tomorrow. Goodbye!"
+KEY_IN = "Please key in your PIN, and then the pound key."
+WRONG_PIN = "That was not the right PIN."
 GOODBYES = {
     "hang_up": "Goodbye!",
     "max_turns": "We have talked for so long that I have to hang up now. Thank you. Goodbye!"}
 OWN_WORDS = [*ARE_YOU_THERE, NOBODY_THERE, *ONE_MOMENT, SORRY, NO_ANSWER, HANDING_OVER, A_CALLER,
-             NOBODY_TOOK_IT, PRESS_ANY_KEY, *filter(None, AFTERWORDS.values()), *GOODBYES.values()]
+             NOBODY_TOOK_IT, PRESS_ANY_KEY, TOMORROW, KEY_IN, WRONG_PIN,
+             *filter(None, AFTERWORDS.values()), *GOODBYES.values()]
 
 
 @app.route("/", methods=["GET", "POST"])
 def call_comes_in():
-    """Greet, and listen. That needs neither the store nor Claude, so nothing can delay it."""
+    """Greet, and listen."""
     if is_a_browser():
         return page()
-    log.info("call %s begins, with %s", request.values["CallSid"], last_digits())
+    call_sid = request.values["CallSid"]
+    log.info("call %s begins, with %s", call_sid, last_digits())
+    with contextlib.suppress(StoreError):  # a greeting needs no store
+        if settings.keep_days and not settings.pin:
+            verdict = request.values.get("StirVerstat")  # of the phone companies, on the number
+            line.store.open(call_sid, phone_number(the_caller().number),
+                            trusted=verdict == "TN-Validation-Passed-A")
+        if line.store.turns_today() >= settings.max_turns_a_day:
+            return no_turn_is_left()
     return say_and_listen(speakable(settings.greeting))
 
 
@@ -94,7 +110,7 @@ def talking():
         delivery = request.headers.get("I-Twilio-Idempotency-Token") or None
         turn = call.caller_said(words, delivery, the_caller())
         if not turn:
-            return goodbye()  # the call is over: nobody hears this
+            return goodbye() if turn is None else no_turn_is_left()
     return say_reply(turn, heard, *call.reply(turn, heard), number_in_url("waited"))
 
 
@@ -104,7 +120,7 @@ def status_callback():
     if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
         call_sid, seconds = request.values["CallSid"], request.values.get("CallDuration", "?")
         log.info("call %s is over: %s s, turns %d, tokens %d in %d out",
-                 call_sid, seconds, *line.store.forget(call_sid))
+                 call_sid, seconds, *line.store.end(call_sid))
     return "", 204
 
 
@@ -116,6 +132,13 @@ def apologise(error):
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
     return goodbye() if request.endpoint == "hand_over" else say_and_listen(SORRY)
+
+
+def no_turn_is_left():
+    """All calls together have had MAX_TURNS_A_DAY."""
+    if line.store.first_this_hour("limit"):
+        log.warning("MAX_TURNS_A_DAY is reached: callers are told to try tomorrow")
+    return goodbye(TOMORROW)
 
 
 def what_was_said():
@@ -208,6 +231,8 @@ def say_reply(turn, heard, text, stop, waited):
         say(response, in_its_language(text) or ONE_MOMENT[(waited - 1) % len(ONE_MOMENT)])
         response.redirect(url("/talking", turn=turn, heard=heard, waited=waited), method="POST")
         return twiml(response)
+    with contextlib.suppress(StoreError):  # then the caller counts as having heard it all
+        line.store.give(request.values["CallSid"], turn, heard)
     text = in_its_language(text)
     anything_said = text or heard
     if stop.startswith("hand_over"):
@@ -286,12 +311,12 @@ app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # bytes; a minute of speech is 12 
 
 @app.before_request
 def who_may_call():
-    """Three checks: a stranger could spend the owner's money, and hear what was said."""
+    """Four checks: a stranger could spend the owner's money, and hear what was said."""
     if request.scheme not in ("http", "https"):
         abort(400)  # an X-Forwarded-Proto that no proxy sends
     if request.endpoint in (None, "healthz") or is_a_browser():
         return None  # this is not about a call; without an endpoint Flask says 404
-    return only_forms() or only_twilio() or only_allowed_callers()
+    return only_forms() or only_twilio() or only_allowed_callers() or only_with_pin()
 
 
 def only_forms():
@@ -340,6 +365,31 @@ def called_url():
     return (settings.public_url or request.host_url.rstrip("/")) + path
 
 
+def only_with_pin():
+    """With a PIN nothing of a call goes on before the caller has keyed it in, one of three times.
+    Twilio's URL carries the count, so the caller can't change it."""
+    call_sid, keyed = request.values["CallSid"], request.form.get("Digits", "")
+    with contextlib.suppress(StoreError):  # nothing of a call needs this
+        line.store.sweep()
+    if not settings.pin or request.endpoint in ("hand_over", "status_callback") or (
+            line.store.is_trusted(call_sid)):
+        return None
+    tries = number_in_url("tries")
+    if request.endpoint == "call_comes_in" and tries:
+        if hmac.compare_digest(keyed.encode(), settings.pin.encode()):
+            line.store.open(call_sid, phone_number(the_caller().number), trusted=True)
+            return None
+        log.warning("call %s: PIN wrong or missing, %d of 3", call_sid, tries)
+    if tries >= 3:
+        return goodbye(WRONG_PIN, GOODBYES["hang_up"])
+    response, again = VoiceResponse(), url("/", tries=tries + 1)
+    # No num_digits: that would tell a stranger how long the PIN is.
+    gather = response.gather(input="dtmf", action=again, method="POST", timeout=8)
+    say(gather, WRONG_PIN if tries else "", KEY_IN)
+    response.redirect(again, method="POST")
+    return twiml(response)
+
+
 def is_outbound():
     """Whether the line has called, by ``flask ring``, instead of being called."""
     return request.values.get("Direction", "").startswith("outbound")
@@ -383,6 +433,9 @@ SETTINGS = {
     "SPEECH_MODEL": ("", r"[a-z]+[\w.-]*", "a speechModel of Twilio's, like deepgram_nova-3"),
     "ALLOWED_CALLERS": ("", r"[+\d ().,/-]+", "numbers like +15551234567, separated by commas"),
     "MAX_TURNS": ("100", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
+    "MAX_TURNS_A_DAY": ("1000", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
+    "PIN": ("", r"\d{6,12}", "6 to 12 digits"),
+    "KEEP_DAYS": ("0", r"\d{1,4}", "a whole number of days"),
     "WEB_SEARCHES": ("0", r"\d{1,9}", "a whole number"),
     "HAND_OVER_TO": ("", r"[+\d ()./-]+", "a number like +15551234567"),
     "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*",
@@ -404,8 +457,9 @@ class Settings:
             if value and not re.fullmatch(pattern, value):
                 raise ValueError(f"{name} takes {takes}")
             setattr(self, name.lower(), value)
-        self.public_url, self.max_turns = self.public_url.rstrip("/"), int(self.max_turns)
-        self.web_searches = int(self.web_searches)
+        self.public_url = self.public_url.rstrip("/")
+        for name in "max_turns", "max_turns_a_day", "keep_days", "web_searches":
+            setattr(self, name, int(getattr(self, name)))
         for name in "ALLOWED_CALLERS", "HAND_OVER_TO":
             written = getattr(self, name.lower())
             numbers = {phone_number(text) for text in written.split(",") if text.strip()}
@@ -432,7 +486,7 @@ except ValueError as error:
     print(f"Voice Claude can't start: {error}.", file=sys.stderr)
     sys.exit(4)  # gunicorn knows by this status that it need not try again
 key, path = settings.anthropic_api_key, settings.database_url.removeprefix("sqlite:///")
-line = Line(settings, Store(path), claude_client(key) if key else None)
+line = Line(settings, Store(path, settings.keep_days), claude_client(key) if key else None)
 
 # --- For the owner --------------------------------------------------------------------------------
 
@@ -441,6 +495,7 @@ line = Line(settings, Store(path), claude_client(key) if key else None)
 def healthz():
     """For the platform: 200 as long as calls can be remembered."""
     try:
+        line.store.sweep()
         line.store.check()
         return "Voice Claude is well.\n"
     except StoreError as error:
@@ -464,13 +519,15 @@ def page():
 def announce():
     """Tell the log what runs here, in one line, and what the owner may have missed."""
     callers = len(settings.allowed_callers)
-    log.info("Voice Claude: model %s, effort %s, database %s, calls from %s, %d turns a call",
-             settings.claude_model, settings.claude_effort or "none", settings.database_url,
-             f"{callers} numbers" if callers else "everyone", settings.max_turns)
+    log.info("Voice Claude: model %s, effort %s, database %s, calls from %s%s, %d turns a call, "
+             "%d a day, words kept for %d days", settings.claude_model,
+             settings.claude_effort or "none", settings.database_url,
+             f"{callers} numbers" if callers else "everyone", " with the PIN" * bool(settings.pin),
+             settings.max_turns, settings.max_turns_a_day, settings.keep_days)
     for name, so in [("TWILIO_AUTH_TOKEN", "no call is answered"),
                      ("ANTHROPIC_API_KEY", "the line repeats what it hears"),
                      ("ALLOWED_CALLERS", "whoever dials the number talks at your expense")]:
-        if not getattr(settings, name.lower()):
+        if not getattr(settings, name.lower()) and not (name == "ALLOWED_CALLERS" and settings.pin):
             log.warning("%s is not set: %s", name, so)
     for name in sorted(set(os.environ) - set(SETTINGS)):
         for setting in difflib.get_close_matches(name.upper(), SETTINGS, n=1, cutoff=0.8):
@@ -554,6 +611,40 @@ def make_sure_that_it_answers(address, http):
     if answer.status_code != 200 or "<Response" not in answer.text:
         seen = answer.headers.get("Location") or answer.text[:50]
         sys.exit(f"Not this app: {url} answers {answer.status_code}, {seen!a}")
+
+
+# --- flask calls ----------------------------------------------------------------------------------
+
+
+@app.cli.command("calls")
+@click.argument("call_sid", default="")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def calls(call_sid, as_json):
+    """List the calls of which words are there; or print one, by its CALL_SID, as a transcript."""
+    def clock(moment, form="%Y-%m-%d %H:%M:%S"):
+        return datetime.datetime.fromtimestamp(moment).strftime(form)
+
+    if call_sid:
+        turns, found = line.store.turns(call_sid, 1, 10**9), []
+        for turn, later in zip(turns, [*turns[1:], None]):
+            heard, rest = heard_and_not(turn, later)
+            found.append({"at": clock(turn["spoke_at"]), "caller": turn["words"], "heard": heard,
+                          "not_heard": rest, "stop": turn["stop"]})
+    else:
+        found = [{"call_sid": call["call_sid"], "began": clock(call["began"]),
+                  "seconds": round(call["touched"] - call["began"]), "turns": call["turns"],
+                  "number": f"...{call['caller'][-3:]}" if call["caller"] else "withheld",
+                  "on": call["ended"] is None} for call in line.store.calls()]
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    for row in [] if as_json else found:
+        if call_sid:
+            cut = f"[cut in] {row['not_heard']}" if row["not_heard"] else ""
+            click.echo(f"{row['at']}  Caller: {row['caller']}")
+            click.echo(f"{'':19}  Claude: {row['heard']}{cut}")
+        else:
+            click.echo("{call_sid}  {began}  {seconds:5} s  {turns:3} turns  {number}".format(**row)
+                       + ("  on" if row["on"] else ""))
 
 
 # --- The start ------------------------------------------------------------------------------------

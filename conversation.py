@@ -47,6 +47,9 @@ PATIENCE = 6.0  # before the line says "One moment.": Twilio waits 15, and a sta
 SENTENCE_TIMEOUT = 30.0  # for the next sentence: "One moment." has been said four times by then
 SIGN_OF_LIFE = 1.0  # a reply that is being written shows it at least so often
 STALLED = 10.0  # without a sign of life: whatever wrote the reply is dead
+AN_HOUR = 3600.0  # no reply is that old
+PAUSE = 1.0  # of silence, after which Twilio takes the caller's words for whole
+SPEAKING_RATE = 2.75  # words a second: voices and people say 2.5 to 3
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,12 @@ class Conversation:
         idempotency token tells whether it was delivered before; then nothing begins.
 
         Returns:
-            The number of the turn, or None if the call is over.
+            The number of the turn; None if the call is over, 0 if no turn is left today.
         """
-        turn, is_new = self.store.begin(self.call_sid, delivery, words)
+        # Twilio asks when the caller has been silent for a moment. A key takes no time.
+        took = 0.0 if words.endswith("]") else PAUSE + len(words.split()) / SPEAKING_RATE
+        turn, is_new = self.store.begin(self.call_sid, delivery, words, time.time() - took,
+                                        self.line.settings.max_turns_a_day)
         if is_new and turn > self.line.settings.max_turns:
             self.store.grow(self.call_sid, turn, "", stop="max_turns")
         elif is_new:
@@ -102,18 +108,21 @@ class Conversation:
         # While this lock is held nothing is added, so no news is missed between look and wait.
         with writer.news if writer else contextlib.nullcontext():
             while found := self.store.turns(self.call_sid, turn, turn):
-                ((_, reply, stop, touched),) = found
+                reply, stop, touched = (found[0][name] for name in ("reply", "stop", "touched"))
                 if stop or len(reply) > heard or time.monotonic() > until:
                     text = reply[heard:]
                     switch = text.find(SWITCH[0], 1)
                     return (text, stop) if switch == -1 else (text[:switch], None)
                 # A Writer that is alive gives up first, and says why: hence one second more.
                 patience = STALLED if reply else SENTENCE_TIMEOUT + SIGN_OF_LIFE
-                if time.time() - touched > patience:
-                    self.store.grow(self.call_sid, turn, "", stop="stalled")
-                elif writer:
+                age = time.time() - touched
+                if writer and not writer.is_done:
                     writer.awaited.set()
                     writer.news.wait(SIGN_OF_LIFE)
+                elif writer or patience < age < AN_HOUR:
+                    self.store.grow(self.call_sid, turn, "", stop="stalled")
+                elif not -SIGN_OF_LIFE < age < AN_HOUR:
+                    self.store.grow(self.call_sid, turn, "")  # somebody has set the clock
                 else:
                     time.sleep(0.05)  # another process writes: look again soon, and cheaply
         return "", "lost"  # there is no such turn: the disk was wiped, or the call forgotten
@@ -175,6 +184,15 @@ def hand_over(reason: str) -> str:
     return Ending(f"hand_over: {speakable(reason)[:300]}")  # 300 characters are 20 s of listening
 
 
+@anthropic.beta_tool
+def forget_me() -> str:
+    """Delete all that is kept of what the caller has said, in this call and in earlier ones. Use it
+    when the caller asks to be forgotten, and is sure."""
+    writer = writing.get()
+    writer.line.store.forget_caller(writer.call_sid, writer.turn)
+    return "All of it is deleted, and this call will be when it ends."
+
+
 TOOLS = {tool.name: tool for tool in list(vars().values()) if isinstance(tool, BetaFunctionTool)}
 writing = contextvars.ContextVar("writing")  # the Writer whose tool is running
 SWITCH = "\x0e{}\x0f"  # stands in a reply where its language changes; no voice could speak it
@@ -185,6 +203,8 @@ def tools_for(settings, caller):
     without = set()
     if len(settings.languages) == 1:
         without.add("switch_language")
+    if not settings.keep_days:
+        without.add("forget_me")
     if settings.hand_over_to in ("", caller.number):  # that person's own call would come back
         without.add("hand_over")
     tools = [tool.to_dict() for name, tool in TOOLS.items() if name not in without]
@@ -230,7 +250,7 @@ class Writer:
         self.awaited = threading.Event()  # set by those who wait for that
         self.tools = tools_for(line.settings, caller)
         self.unfinished = self.switch = ""  # the beginning of a sentence, or of a language
-        self.kept = 0  # how many times there were words to keep
+        self.kept, self.is_done = 0, False  # how many times there were words to keep
         self.began = self.last_sentence = self.last_kept = self.read_until = time.monotonic()
         self.first_sentence_ms = self.request_id = None
         self.tokens_in = self.tokens_out = 0
@@ -244,12 +264,18 @@ class Writer:
             stop = how = describe(error)
             if not isinstance(error, EXPECTED):
                 log.exception("call %s turn %d", self.call_sid, self.turn)
-        try:
-            with contextlib.suppress(CallerGone):  # whoever ended the reply has kept how
-                self._keep(self.unfinished, stop)
-            self.line.store.count_tokens(self.call_sid, self.tokens_in, self.tokens_out)
-        except StoreError as error:
-            how = f"{how}, and the database failed: {error}"
+        for pause in 0.0, 1.0, 3.0:  # a database that fails may be back a moment later
+            time.sleep(pause)
+            try:
+                with contextlib.suppress(CallerGone):  # whoever ended the reply has kept how
+                    self._keep(self.unfinished, stop)
+                self.line.store.count_tokens(self.call_sid, self.tokens_in, self.tokens_out)
+                break
+            except StoreError as error:
+                how = f"{how.partition(',')[0]}, and the database failed: {error}"
+        with self.news:
+            self.is_done = True
+            self.news.notify_all()
         del self.line.writers[self.call_sid, self.turn]
         log.info(
             "call %s turn %d: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
@@ -282,14 +308,23 @@ class Writer:
         """What Claude is sent: turns of this call in order, none of them empty, this one last."""
         first = max(0, (self.turn - 1) // HISTORY_STEP - 1) * HISTORY_STEP + 1
         messages = []
-        note = ""
-        for words, reply, stop, _ in self.line.store.turns(self.call_sid, first, self.turn):
-            if stop == "refusal":
+        turns = self.line.store.turns(self.call_sid, first, self.turn)
+        if self.line.settings.keep_days and self.turn <= HISTORY_STEP:
+            turns = self.line.store.earlier(self.call_sid, HISTORY_STEP) + turns
+        note = call_sid = ""
+        for turn, later in zip(turns, [*turns[1:], None]):
+            if turn["call_sid"] != call_sid and turns[0]["call_sid"] != self.call_sid:
+                note = f"[A call on {datetime.fromtimestamp(turn['began']):%A, %d %B %Y}.] " if (
+                    "began" in turn) else "[The call of now begins.] "
+            call_sid = turn["call_sid"]
+            if turn["stop"] == "refusal":
                 continue  # or Claude would go on refusing what comes after it
-            messages.append({"role": "user", "content": note + words})
+            messages.append({"role": "user", "content": note + turn["words"]})
+            reply, rest = heard_and_not(turn, later)
             if reply := re.sub(SWITCH.format(".*?"), "", reply).strip():
-                messages.append({"role": "assistant", "content": reply})
-            note = "[Nobody took the call.] " if (stop or "").startswith("hand_over") else ""
+                cut = " [The caller cut in here.]" if rest else ""
+                messages.append({"role": "assistant", "content": reply + cut})
+            note = "[Nobody took the call.] " if str(turn["stop"]).startswith("hand_over") else ""
         return messages
 
     def _ask_until_answered(self, messages, tool_choice):
@@ -406,6 +441,21 @@ class Writer:
         self.last_kept = time.monotonic()
         if spoken and self.first_sentence_ms is None:
             self.first_sentence_ms = round(1000 * (self.last_kept - self.began))
+
+
+def heard_and_not(turn, later):
+    """A reply, cut where the caller cut in on it: (what was heard, the rest). Twilio doesn't tell,
+    but the clock does: from when the last part was given to when the caller spoke again, in the
+    ``later`` turn of the same call. In doubt all of it was heard."""
+    reply, begins = turn["reply"], turn["last_part"]
+    if not later or later["call_sid"] != turn["call_sid"] or begins is None:
+        return reply, ""
+    words = list(re.finditer(r"\S+\s*", reply[begins:]))
+    heard = max(0, round((later["spoke_at"] - turn["given_at"]) * SPEAKING_RATE))
+    if heard > len(words) - max(5, len(words) / 4):  # no closer than that is it known
+        return reply, ""
+    cut = begins + (words[heard - 1].end() if heard else 0)
+    return reply[:cut], reply[cut:]
 
 
 def grow_block(block, delta):

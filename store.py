@@ -8,93 +8,152 @@ import collections
 import contextlib
 import os
 import sqlite3
+import threading
 import time
 
 StoreError = sqlite3.Error  # the disk is full, read-only or locked, or the file is no database
 
+A_DAY = 24 * 60 * 60.0  # seconds
+LOCK_PATIENCE = 2.0  # seconds to wait for others who write: writing takes 1 ms, and Twilio waits
+
+VERSION = 1  # of these tables; a file keeps it as its ``user_version``
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     call_sid   TEXT PRIMARY KEY,
+    caller     TEXT,                        -- the number, where the words of the call are kept
+    trusted    INTEGER NOT NULL DEFAULT 0,  -- 1: the number is proved, -1: to be forgotten
     turns      INTEGER NOT NULL DEFAULT 0,  -- how many there were, also when the words are gone
     tokens_in  INTEGER NOT NULL DEFAULT 0,  -- how many Claude has read
     tokens_out INTEGER NOT NULL DEFAULT 0,  -- how many Claude has written
-    began      REAL NOT NULL,               -- when the caller first spoke, in Unix seconds
-    ended      REAL                         -- NULL while the call is on
-) WITHOUT ROWID;
+    began      DOUBLE PRECISION NOT NULL,   -- in Unix seconds, as all moments are
+    touched    DOUBLE PRECISION NOT NULL,   -- when the caller last spoke, or the call ended
+    ended      DOUBLE PRECISION             -- NULL while the call is on
+);
 CREATE TABLE IF NOT EXISTS turns (
-    call_sid TEXT NOT NULL,
-    turn     INTEGER NOT NULL,          -- 1, 2, 3 ... within its call
-    delivery TEXT,                      -- Twilio's idempotency token: the same one, the same turn
-    words    TEXT NOT NULL,             -- what the caller said
-    reply    TEXT NOT NULL DEFAULT '',  -- what Claude has written so far, ready to be spoken
-    stop     TEXT,                      -- how the reply ended, or NULL while it grows
-    touched  REAL NOT NULL,             -- when this row last changed, in Unix seconds
+    call_sid  TEXT NOT NULL,
+    turn      INTEGER NOT NULL,          -- 1, 2, 3 ... within its call
+    delivery  TEXT,                      -- Twilio's idempotency token: the same one, the same turn
+    words     TEXT NOT NULL,             -- what the caller said
+    spoke_at  DOUBLE PRECISION NOT NULL, -- when the caller began to say it, about
+    reply     TEXT NOT NULL DEFAULT '',  -- what Claude has written so far, ready to be spoken
+    stop      TEXT,                      -- how the reply ended, or NULL while it grows
+    last_part INTEGER,                   -- where the part begins that the caller may cut in on
+    given_at  DOUBLE PRECISION,          -- when Twilio was given that part
+    touched   DOUBLE PRECISION NOT NULL, -- when this row last changed
     PRIMARY KEY (call_sid, turn),
     UNIQUE (call_sid, delivery)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS phrases (    -- the line's own words, as Claude has translated them
-    language TEXT NOT NULL,
-    phrase   TEXT NOT NULL,             -- in English
-    words    TEXT NOT NULL,
+);
+CREATE TABLE IF NOT EXISTS phrases (     -- the line's own words, as Claude has translated them
+    language  TEXT NOT NULL,
+    phrase    TEXT NOT NULL,             -- in English
+    words     TEXT NOT NULL,
     PRIMARY KEY (language, phrase)
-) WITHOUT ROWID;
-DROP TABLE IF EXISTS ended;  -- an older version's: this one keeps ended calls in ``calls``
+);
+CREATE INDEX IF NOT EXISTS calls_touched ON calls (touched)
 """
 
 
 class Store:
     """All calls, in the file at this path. The first call makes it, with its folder; before that
-    nothing is opened, since a process that is forked later can't share a connection.
-    Every method is one short transaction, and raises StoreError when the disk or the file is bad.
+    nothing is opened, since a process that is forked later can't share a connection. Every method
+    is one short transaction, and raises StoreError when the disk or the file is bad.
+
+    Args:
+        keep_days: for so many days after a call its words are kept; 0 forgets them with the call.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, keep_days=0):
+        self.path, self.keep_days = path, keep_days
         # Connections that nobody uses, by their file: to open one costs as much as 20 writes.
         self._idle = collections.defaultdict(list)
+        self._one_writer = threading.Lock()
+        self._clock = time.time() - time.monotonic()  # changes where somebody sets the clock
+        self._no_sweep_before = 0.0
+        self._must_empty_log = False
 
-    def begin(self, call_sid, delivery, words):
+    # --- A call begins
+
+    def open(self, call_sid, caller, trusted):
+        """Keep who calls: the number, or None, and whether it is proved that it is the caller's."""
+        with self._writing() as database:
+            self._open_call(database, call_sid)
+            database.execute("UPDATE calls SET caller = ?, trusted = ? WHERE call_sid = ?",
+                             [self.keep_days and caller or None, int(trusted), call_sid])
+
+    def is_trusted(self, call_sid):
+        """Whether the number of this call is proved."""
+        with self._connection() as database:
+            return bool(database.execute("SELECT 1 FROM calls WHERE call_sid = ? AND trusted <> 0",
+                                         [call_sid]).fetchall())
+
+    def turns_today(self):
+        """How many turns there were in all calls of the last 24 hours; a few more, if a call has
+        been on for all that time."""
+        with self._connection() as database:
+            return self._turns_today(database)
+
+    def first_this_hour(self, what):
+        """Whether nobody has asked the same in the last hour, in any process."""
+        with self._writing() as database:
+            self._open_call(database, what, touched=0.0)  # no such call, but a row with a time
+            return database.execute(
+                "UPDATE calls SET touched = ? WHERE call_sid = ? AND touched < ?",
+                [time.time(), what, time.time() - 3600]).rowcount == 1
+
+    # --- A turn, in the order in which things happen
+
+    def begin(self, call_sid, delivery, words, spoke_at, most_today):
         """Keep what the caller said, as a new turn. If an earlier reply of this call is still
         growing, it stops there: the caller has gone on.
 
         Args:
             delivery: Twilio's ``I-Twilio-Idempotency-Token``, or None. The same again is the same
                 turn, delivered again.
+            spoke_at: when the caller began to say it, in Unix seconds.
+            most_today: so many turns all calls together may have in 24 hours.
 
         Returns:
-            (turn, is_new), or (None, False) if the call is over.
+            (turn, is_new). The turn is None if the call is over, and 0 if none is left today.
         """
-        now = time.time()
-        with self._connection() as database:
-            # IMMEDIATE: from here to the commit nobody else writes. So of two deliveries of the
-            # same words the later one finds the turn of the first.
-            database.execute("BEGIN IMMEDIATE")
-            database.execute("INSERT INTO calls (call_sid, began) VALUES (?, ?)"
-                             " ON CONFLICT DO NOTHING", [call_sid, now])
+        with self._writing() as database:
+            self._open_call(database, call_sid)
             for _ in database.execute(
                     "SELECT 1 FROM calls WHERE call_sid = ? AND ended IS NOT NULL", [call_sid]):
                 return None, False
             for seen in database.execute("SELECT turn FROM turns WHERE call_sid = ?"
                                          " AND delivery = ?", [call_sid, delivery]):
                 return *seen, False
-            database.execute("UPDATE calls SET turns = turns + 1 WHERE call_sid = ?", [call_sid])
+            if self._turns_today(database) >= most_today:
+                return 0, False
+            now = time.time()
+            database.execute("UPDATE calls SET turns = turns + 1, touched = ? WHERE call_sid = ?",
+                             [now, call_sid])
             database.execute("UPDATE turns SET stop = 'overtaken'"
                              " WHERE call_sid = ? AND stop IS NULL", [call_sid])
             (turn,) = database.execute("SELECT COALESCE(MAX(turn), 0) + 1 FROM turns"
                                        " WHERE call_sid = ?", [call_sid]).fetchone()
-            database.execute("INSERT INTO turns (call_sid, turn, delivery, words, touched)"
-                             " VALUES (?, ?, ?, ?, ?)", [call_sid, turn, delivery, words, now])
-            if turn == 1:
-                self._sweep(database)
+            database.execute("INSERT INTO turns (call_sid, turn, delivery, words, spoke_at,"
+                             " touched) VALUES (?, ?, ?, ?, ?, ?)",
+                             [call_sid, turn, delivery, words, spoke_at, now])
             return turn, True
 
     def turns(self, call_sid, first, last):
-        """The turns ``first`` to ``last`` of a call, as (words, reply, stop, touched) tuples."""
+        """The turns ``first`` to ``last`` of a call, as dicts of their columns."""
         with self._connection() as database:
-            return database.execute(
-                "SELECT words, reply, stop, touched FROM turns"
-                " WHERE call_sid = ? AND turn BETWEEN ? AND ? ORDER BY turn",
-                [call_sid, first, last]).fetchall()
+            return self._dicts(database.execute(
+                "SELECT * FROM turns WHERE call_sid = ? AND turn BETWEEN ? AND ? ORDER BY turn",
+                [call_sid, first, last]))
+
+    def earlier(self, call_sid, most):
+        """The last turns of earlier calls of the same caller, if the number is proved in this call
+        and was in those; each with the moment when its call ``began``."""
+        with self._connection() as database:
+            return self._dicts(database.execute(
+                "SELECT turns.*, other.began FROM calls AS this JOIN calls AS other"
+                " ON other.caller = this.caller AND other.trusted = 1 AND this.trusted = 1"
+                " AND other.call_sid <> this.call_sid AND other.began < this.began"
+                " JOIN turns ON turns.call_sid = other.call_sid WHERE this.call_sid = ?"
+                " ORDER BY other.began DESC, turn DESC LIMIT ?", [call_sid, most]))[::-1]
 
     def grow(self, call_sid, turn, text, stop=None):
         """Add to a reply, and perhaps end it.
@@ -106,35 +165,84 @@ class Store:
         Returns:
             Whether the reply was still growing. If not, nothing is changed: the caller has gone on.
         """
-        with self._connection() as database:
+        with self._writing() as database:
             return database.execute(
                 "UPDATE turns SET reply = reply || ?, stop = ?, touched = ?"
                 " WHERE call_sid = ? AND turn = ? AND stop IS NULL",
                 [text, stop, time.time(), call_sid, turn]).rowcount == 1
 
+    def give(self, call_sid, turn, last_part):
+        """Note that Twilio is given the last part of a reply now: the caller may cut in on it."""
+        with self._writing() as database:
+            database.execute("UPDATE turns SET last_part = ?, given_at = ?"
+                             " WHERE call_sid = ? AND turn = ?",
+                             [last_part, time.time(), call_sid, turn])
+
     def count_tokens(self, call_sid, tokens_in, tokens_out):
         """Add to the tokens that Claude has read and written in a call."""
-        with self._connection() as database:
+        with self._writing() as database:
             database.execute(
                 "UPDATE calls SET tokens_in = tokens_in + ?, tokens_out = tokens_out + ?"
                 " WHERE call_sid = ?", [tokens_in, tokens_out, call_sid])
 
-    def forget(self, call_sid):
-        """The call is over: delete what was said in it, and keep nothing that comes late. Returns
-        the (turns, tokens_in, tokens_out) that it had."""
-        now = time.time()
-        with self._connection() as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
-            database.execute("INSERT INTO calls (call_sid, began, ended) VALUES (?, ?, ?)"
-                             " ON CONFLICT (call_sid) DO UPDATE SET ended = excluded.ended",
-                             [call_sid, now, now])
-            counts = database.execute("SELECT turns, tokens_in, tokens_out FROM calls"
-                                      " WHERE call_sid = ?", [call_sid]).fetchone()
-        with self._connection() as database:
-            # Or the words would stay in SQLite's write-ahead log until that is written over.
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    # --- The end of a call, and what is kept after it
+
+    def end(self, call_sid):
+        """The call is over: keep nothing that comes late, and delete what was said, unless it is to
+        be kept. Returns the (turns, tokens_in, tokens_out) that the call had."""
+        with self._writing() as database:
+            self._open_call(database, call_sid)
+            now = time.time()
+            database.execute("UPDATE calls SET ended = ?, touched = ? WHERE call_sid = ?",
+                             [now, now, call_sid])
+            *counts, trusted = database.execute(
+                "SELECT turns, tokens_in, tokens_out, trusted FROM calls WHERE call_sid = ?",
+                [call_sid]).fetchone()
+            if not self.keep_days or trusted == -1:
+                database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
+                database.execute("UPDATE calls SET caller = NULL WHERE call_sid = ?", [call_sid])
+        self._empty_log()
         return counts
+
+    def forget_caller(self, call_sid, turn):
+        """Delete what was said in this call before this turn, and in the caller's earlier calls if
+        the number is proved; and at its end what is said in this call from now on."""
+        with self._writing() as database:
+            same = ("SELECT call_sid FROM calls WHERE caller = (SELECT caller FROM calls"
+                    " WHERE call_sid = ? AND trusted <> 0)")
+            database.execute(f"DELETE FROM turns WHERE call_sid IN ({same}) AND call_sid <> ?"
+                             " OR call_sid = ? AND turn < ?", [call_sid, call_sid, call_sid, turn])
+            database.execute("UPDATE calls SET caller = NULL WHERE call_sid <> ?"
+                             f" AND call_sid IN ({same})", [call_sid, call_sid])
+            database.execute("UPDATE calls SET caller = NULL, trusted = -1 WHERE call_sid = ?",
+                             [call_sid])
+        self._empty_log()
+
+    def calls(self):
+        """The calls of which words are there, as dicts of their columns."""
+        with self._connection() as database:
+            return self._dicts(database.execute(
+                "SELECT * FROM calls WHERE call_sid IN (SELECT call_sid FROM turns)"
+                " ORDER BY began"))
+
+    def sweep(self):
+        """Forget what was kept for long enough, and the calls whose end Twilio never reported."""
+        clock = time.time() - time.monotonic()
+        if abs(clock - self._clock) > 60:
+            # Somebody has set the clock. For an hour no call is older than it seems.
+            self._clock, self._no_sweep_before = clock, time.monotonic() + 3600
+        if time.monotonic() < self._no_sweep_before:
+            return
+        old = time.time() - max(1, self.keep_days) * A_DAY  # no phone call lasts a day
+        with self._connection() as database:
+            if not database.execute("SELECT 1 FROM calls WHERE touched < ?", [old]).fetchone():
+                if not self._must_empty_log:
+                    return
+        with self._writing() as database:
+            database.execute("DELETE FROM turns WHERE call_sid IN"
+                             " (SELECT call_sid FROM calls WHERE touched < ?)", [old])
+            database.execute("DELETE FROM calls WHERE touched < ?", [old])
+        self._empty_log()
 
     def phrases(self, language):
         """The line's own words in a language, as {English: words}."""
@@ -144,29 +252,55 @@ class Store:
 
     def keep_phrases(self, language, words):
         """Keep the line's own words in a language, given as {English: words}."""
-        with self._connection() as database:
+        with self._writing() as database:
             for phrase in words:
                 database.execute("INSERT INTO phrases VALUES (?, ?, ?) ON CONFLICT"
                                  " (language, phrase) DO UPDATE SET words = excluded.words",
                                  [language, phrase, words[phrase]])
 
     def check(self):
-        """Forget what is old, and see whether the disk is well."""
-        with contextlib.closing(self._open()) as database:  # a new one notices a lost disk
-            self._sweep(database)
+        """Write and read, to see whether the disk is well."""
+        self._idle.clear()  # only a new connection notices that a disk is lost
+        with self._connection() as database:
             # The argument 1 stops the check at the first fault, which is enough to know.
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
-        self.forget("check")  # no such call, but it writes: otherwise a full disk would pass
+        self.end("check")  # no such call, but it writes: otherwise a full disk would pass
+
+    # --- What the methods above share
 
     @staticmethod
-    def _sweep(database):
-        """Forget the calls whose end Twilio never reported, and after a day every CallSid."""
-        a_day_ago = time.time() - 24 * 60 * 60  # no phone call is longer
-        database.execute("DELETE FROM turns WHERE touched < ?", [a_day_ago])
-        database.execute("DELETE FROM calls WHERE COALESCE(ended, began) < ?"
-                         " AND call_sid NOT IN (SELECT call_sid FROM turns)", [a_day_ago])
+    def _open_call(database, call_sid, touched=None):
+        now = time.time()
+        database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
+                         " ON CONFLICT DO NOTHING", [call_sid, now, touched or now])
+
+    @staticmethod
+    def _turns_today(database):
+        (turns,) = database.execute("SELECT COALESCE(SUM(turns), 0) FROM calls WHERE touched > ?",
+                                    [time.time() - A_DAY]).fetchone()
+        return turns
+
+    @staticmethod
+    def _dicts(rows):
+        names = [column[0] for column in rows.description]
+        return [dict(zip(names, row)) for row in rows.fetchall()]
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Lend a connection for a transaction that writes: all of it is done, or nothing."""
+        # One thread at a time: SQLite lets threads that wait for each other starve.
+        if not self._one_writer.acquire(timeout=LOCK_PATIENCE):
+            raise sqlite3.OperationalError("other threads are writing")
+        try:
+            with self._connection() as database:
+                # From here to the commit no other process writes. So of two deliveries of the
+                # same words the later one finds the turn of the first.
+                database.execute("BEGIN IMMEDIATE")
+                yield database
+        finally:
+            self._one_writer.release()
 
     @contextlib.contextmanager
     def _connection(self):
@@ -196,12 +330,12 @@ class Store:
         try:
             connection = sqlite3.connect(
                 self.path,
-                timeout=2.0,  # seconds to wait for a lock: writing takes 1 ms, and Twilio waits
+                timeout=LOCK_PATIENCE,
                 isolation_level=None,  # a transaction begins where a BEGIN says so
                 check_same_thread=False)  # one thread after the other uses it
             # Deleted words are overwritten with zeros, not only marked as deleted.
             connection.execute("PRAGMA secure_delete = ON")
-            connection.executescript(SCHEMA)
+            self._make_tables(connection)
             # Three times as fast. A killed process loses nothing; only a power failure could.
             connection.execute("PRAGMA synchronous = NORMAL")
             with contextlib.suppress(sqlite3.OperationalError):
@@ -211,3 +345,23 @@ class Store:
         except sqlite3.Error as error:
             raise type(error)(f"{error}: {self.path}") from error
         return connection
+
+    def _empty_log(self):
+        """Empty SQLite's write-ahead log, where deleted words would stay for some time."""
+        with self._connection() as database:
+            (busy, _, _), = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._must_empty_log = bool(busy)  # somebody reads, like a backup: try again later
+
+    @staticmethod
+    def _make_tables(connection):
+        """Make the tables in a new file; and anew in one of an older version, since that has only
+        the words of calls that are on."""
+        if connection.execute("PRAGMA user_version").fetchone() != (VERSION,):
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")  # one process makes them, the others wait
+                if connection.execute("PRAGMA user_version").fetchone() != (VERSION,):
+                    for table in "ended", "turns", "calls", "phrases":
+                        connection.execute(f"DROP TABLE IF EXISTS {table}")
+                    for statement in SCHEMA.split(";"):
+                        connection.execute(statement)
+                    connection.execute(f"PRAGMA user_version = {VERSION}")

@@ -121,7 +121,8 @@ def test_sigterm_in_mid_turn_loses_nothing(stage):
         assert heard() == STORY
         assert phone.warnings == []
         phone.say("What was it?")
-        assert stage.claude.asked("What was it?")[0].messages[1] == ("assistant", STORY)
+        role, reply = stage.claude.asked("What was it?")[0].messages[1]
+        assert role == "assistant" and reply.startswith(STORY[:34])  # the caller has cut in
 
 
 # --- Deliveries and workers -----------------------------------------------------------------------------------------
@@ -143,7 +144,8 @@ def test_one_delivery_three_times_at_once_and_once_more_later(stage):
             assert len(stage.claude.asked("Say it once.")) == before + 1
             phones[0].say(f"And after {attempt}?")
             (request,) = stage.claude.asked(f"And after {attempt}?")
-            assert len(request.messages) == 3
+            assert [words for role, words in request.messages if role == "user"] == [
+                "Say it once.", f"And after {attempt}?"]
 
 
 @meanwhile
@@ -277,8 +279,8 @@ def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(stage):
         new.call()
         new.say("New tarragon.")
         with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as database:
-            database.execute("UPDATE turns SET touched = touched - 86401 WHERE call_sid = ?", [old.call_sid])
-            database.execute("UPDATE turns SET touched = touched - 86000 WHERE call_sid = ?", [new.call_sid])
+            database.execute("UPDATE calls SET touched = touched - 86401 WHERE call_sid = ?", [old.call_sid])
+            database.execute("UPDATE calls SET touched = touched - 86000 WHERE call_sid = ?", [new.call_sid])
         if occasion == "the next call":
             next_one.call()
             next_one.say("Hello?")

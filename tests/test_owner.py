@@ -17,7 +17,7 @@ def test_the_start_logs_one_line_on_what_runs(stage):
     (line,) = re.findall(r"INFO Voice Claude: (.*)", stage.app.log())
     assert line == (
         f"model claude-haiku-5-5, effort low, database sqlite:///{stage.app.database}, "
-        "calls from everyone, 500 turns a call"
+        "calls from everyone, 500 turns a call, 1000 a day, words kept for 0 days"
     )
     assert KEY not in stage.app.log()
 
@@ -143,4 +143,3 @@ def test_a_file_of_the_version_before_still_opens(stage):
         phone = stage.phone(app, CallSid="CA1")
         phone.call()
         assert phone.say("And now?") == "You said: And now?"
-        assert stage.claude.asked("And now?")[-1].messages[0] == ("user", "Hi, I am Bo.")
