@@ -16,12 +16,17 @@ Whatever goes wrong, what Twilio asks is answered in TwiML: with anything else t
 import contextlib
 import datetime
 import difflib
+import functools
 import hmac
+import io
 import json
 import logging
 import os
 import re
+import resource
+import socket
 import sys
+import threading
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import click
@@ -306,7 +311,45 @@ def handed_over():
 # Platforms put one proxy before the app: take scheme and host from what that says. A forged header
 # gains nothing, since the signature covers the real URL.
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
-app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # bytes; a minute of speech is 12 kB at most
+LARGEST_BODY = 32 * 1024  # bytes; a minute of speech is 12 kB at most
+MOST_FIELDS = 200  # of a form: Twilio's have some 40, and each costs time before its signature does
+BODY_SECONDS = 5.0  # for all of a body: half-sent and trickled ones would hold all threads
+
+
+def read_in_time(wsgi_app):
+    """Read the body of each request before anything else looks at it, within BODY_SECONDS."""
+    def reading(environ, start_response):
+        connection = environ.get("gunicorn.socket")
+        length = environ.get("CONTENT_LENGTH") or "0"
+        if not connection or length == "0" and "HTTP_TRANSFER_ENCODING" not in environ:
+            return wsgi_app(environ, start_response)
+        stop_reading = functools.partial(stop, connection)
+        timer, body = threading.Timer(BODY_SECONDS, stop_reading), None
+        timer.start()
+        try:
+            if not length.isdecimal() or int(length) <= LARGEST_BODY:
+                body = environ["wsgi.input"].read(LARGEST_BODY + 1)
+        except Exception:  # gunicorn has one for each way in which a body can be malformed
+            log.info("400: a body that can't be read")
+        timer.cancel()
+        if body is None or len(body) < int(length) or len(body) > LARGEST_BODY or (
+                body.count(b"&") >= MOST_FIELDS):
+            stop_reading()  # or gunicorn itself would wait for the rest
+            start_response("400 Bad Request", [("Content-Length", "0"), ("Connection", "close")])
+            return []
+        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        return wsgi_app(environ, start_response)
+    return reading
+
+
+def stop(connection):
+    """Let nothing more come from a client."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
+
+
+app.wsgi_app = read_in_time(app.wsgi_app)
 
 
 @app.before_request
@@ -320,10 +363,7 @@ def who_may_call():
 
 
 def only_forms():
-    """Twilio posts forms. Refuse anything else before it is read."""
-    # Under gunicorn: 5 s for the rest of a body. Otherwise half-sent bodies would hold all threads.
-    if connection := request.environ.get("gunicorn.socket"):
-        connection.settimeout(5)
+    """Twilio posts forms. Refuse anything else."""
     if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
         abort(415)
 
@@ -336,8 +376,8 @@ def only_twilio():
         log.warning("403: set TWILIO_AUTH_TOKEN, and Twilio's requests will be answered")
         abort(403)
     if not RequestValidator(token).validate(called_url(), request.form, signature):
-        url = called_url().partition("?")[0]
-        log.warning("403 for %s: wrong signature; is the token right, and PUBLIC_URL?", url)
+        log.warning("403 for %s: wrong signature; is the token right, and PUBLIC_URL?",
+                    called_url().partition("?")[0][:200])
         abort(403)
     if "CallSid" not in request.values:
         abort(400)
@@ -493,7 +533,8 @@ line = Line(settings, Store(path, settings.keep_days), claude_client(key) if key
 
 @app.get("/healthz")
 def healthz():
-    """For the platform: 200 as long as calls can be remembered."""
+    """For the platform: 200 as long as calls can be remembered. Strangers may ask too, so the store
+    looks once a second at most."""
     try:
         line.store.sweep()
         line.store.check()
@@ -653,3 +694,6 @@ if __name__ == "__main__":
     sys.exit("Start the line with: gunicorn app:app --threads 200 --keep-alive 95")
 if not set(sys.argv) & set(app.cli.commands):  # a command of these is no line
     announce()
+    # A waiting caller takes three files: two connections and, for a moment, the database.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))

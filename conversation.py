@@ -92,7 +92,12 @@ class Conversation:
             writer = Writer(self.line, self.call_sid, turn, caller)
             self.line.writers[self.call_sid, turn] = writer
             # No daemon: a process that is told to stop waits until the replies are whole.
-            threading.Thread(target=writer.write).start()
+            try:
+                threading.Thread(target=writer.write).start()
+            except RuntimeError:  # the machine lets this process have no more threads
+                log.error("call %s turn %d: no thread is left", self.call_sid, turn)
+                del self.line.writers[self.call_sid, turn]
+                self.store.grow(self.call_sid, turn, "", stop="no thread")
         return turn
 
     def reply(self, turn, heard=0):
@@ -223,6 +228,7 @@ MAX_TOKENS = 2000
 # turn 61 begins at 41. In between what is sent only grows at its end, as prompt caching needs. 20
 # turns are five minutes' talk, too recent to be forgotten.
 HISTORY_STEP = 20
+MOST_SENTENCES = 1000  # in one reply: MAX_TOKENS are fewer, unless a server goes on for ever
 MOST_ROUNDS = 6  # of tools in one reply: enough for any errand, and an end to running in circles
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." meanwhile
 # While nobody waits, let tokens gather for so many seconds, and then read for so many: to wake up
@@ -238,6 +244,19 @@ class CallerGone(Exception):
 # store fails, or the caller is gone.
 EXPECTED = (anthropic.AnthropicError, httpx2.HTTPError, EOFError, TimeoutError, ValueError,
             StoreError, CallerGone)
+
+
+class Watched:
+    """A response of Claude's whose Writer looks up at every piece of it, also at one that is no
+    event yet: the caller may have gone."""
+
+    def __init__(self, response, writer):
+        self.response, self.writer = response, writer
+
+    def iter_bytes(self):
+        for piece in self.response.iter_bytes():
+            self.writer.add("")
+            yield piece
 
 
 class Writer:
@@ -360,7 +379,7 @@ class Writer:
             self.request_id = response.request_id
             # Raw events on purpose: typed ones cost more CPU than all the rest, and hide the pings.
             # A ping lets us notice that the caller has hung up.
-            for raw in anthropic.Stream.raw_events(response.http_response):
+            for raw in anthropic.Stream.raw_events(Watched(response.http_response, self)):
                 event, text = raw.json(), ""
                 if event["type"] == "message_start":
                     counts = event["message"]["usage"].items()  # the cache has counts of its own
@@ -381,7 +400,7 @@ class Writer:
                     self.tokens_out += event["usage"].get("output_tokens") or 0
                 elif event["type"] == "error":
                     raise anthropic.APIStatusError("", response=response.http_response, body=event)
-                self._add(text)
+                self.add(text)
                 if time.monotonic() > self.read_until:
                     self.awaited.wait(GATHER)
                     self.read_until = time.monotonic() + READ
@@ -414,15 +433,15 @@ class Writer:
                  result.partition(":")[0] if isinstance(result, ToolError) else "ok")
         return result
 
-    def _add(self, text):
+    def add(self, text):
         """Take in what Claude wrote, and keep the sentences that are whole."""
         self.unfinished += text
         end, now = end_of_sentences(self.unfinished), time.monotonic()
         if end:
             self._keep(self.unfinished[:end])
             self.unfinished, self.last_sentence = self.unfinished[end:], now
-        elif now - self.last_sentence > SENTENCE_TIMEOUT:
-            raise TimeoutError  # words come, but no end of a sentence
+        elif now - self.last_sentence > SENTENCE_TIMEOUT or self.kept > MOST_SENTENCES:
+            raise TimeoutError  # words come, but no end of a sentence, or of the reply
         elif now - self.last_kept > SIGN_OF_LIFE:
             self._keep("")
 
@@ -452,7 +471,7 @@ def heard_and_not(turn, later):
         return reply, ""
     words = list(re.finditer(r"\S+\s*", reply[begins:]))
     heard = max(0, round((later["spoke_at"] - turn["given_at"]) * SPEAKING_RATE))
-    if heard > len(words) - max(5, len(words) / 4):  # no closer than that is it known
+    if heard >= len(words) - max(5, len(words) / 4):  # no closer than that is it known
         return reply, ""
     cut = begins + (words[heard - 1].end() if heard else 0)
     return reply[:cut], reply[cut:]
@@ -515,7 +534,7 @@ def claude_client(api_key):
 # scripts that put no space there; or the end of a line. Not after "Mr.", nor after an initial.
 SENTENCE_END = re.compile(
     r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
-    [.!?…][.!?…"'”’)\]*_]*(?=\s) | [。！？।؟] | \n""", re.VERBOSE)
+    [.!?…][.!?…"'”’)\]*_]{0,9}(?=\s) | [。！？।؟] | \n""", re.VERBOSE)
 SHORTEST_SENTENCE = 12  # like "Well, hello.": it takes a second to say, and more must come by then
 LONGEST_SENTENCE = 300  # twenty seconds of talk; then the cut is made between two words
 
@@ -531,21 +550,22 @@ def end_of_sentences(text):
     return end if end >= SHORTEST_SENTENCE else 0
 
 
-# What a voice would read out as noise, and what is left of it, in this order.
+# What a voice would read out as noise, and what is left of it, in this order. Each pattern takes
+# time in proportion to the text, whatever the text is.
 UNSPEAKABLE = [
-    (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*[\w+#.-]*[ \t]*$", ""),  # a code fence; its lines stay
+    (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; its lines stay
     (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the one under the head of a table
-    (r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)", r"\1"),  # a link or a picture: its words stay
-    (r"</?(?:a|b|br|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|su[bp]|u|ul)\b[^>]*>", " "),
+    (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link or a picture: its words stay
+    (r"</?(?:a|b|br|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|su[bp]|u|ul)\b[^<>]*>", " "),
     # A bare link: its host stays.
     (r"https?://(?:www\.)?([^\s/<>()\[\]]+)(?:/[^\s<>()\[\]]*[\w/])?", r"\1"),
     (r"(?m)^[ \t]*(?:#{1,6}|>+|[-*+•])[ \t]+", ""),  # before a heading, a quote, a list's item
     (r"(?m)^[ \t]*\||\|[ \t]*$", ""),  # the edges of a table, and then its inner lines
-    (r"[ \t]*\|[ \t]*", ", "),
+    (r"(?<![ \t])[ \t]*\|[ \t]*", ", "),
     # 2 * 3 is a product, and 2**3 a power; every other star is emphasis.
     (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),
     (r"(?<=\d)[ \t]*\*\*[ \t]*(?=\d)", " ^ "),
-    (r"[*`]|~~|(?<!\w)_+|_+(?!\w)|\\(?=[^\w\s]|_)", ""),
+    (r"[*`]|~~|(?<!\w)_+|(?<!_)_+(?!\w)|\\(?=[^\w\s]|_)", ""),
     # Arrows, boxes and emoji, with what joins and colours them. Letters and marks of all scripts
     # are elsewhere, and so are signs that have a name, like ° and ≤.
     ("[\u2190-\u21ff\u2300-\u245f\u2500-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff]"

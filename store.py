@@ -69,7 +69,8 @@ class Store:
         self._one_writer = threading.Lock()
         self._clock = time.time() - time.monotonic()  # changes where somebody sets the clock
         self._no_sweep_before = 0.0
-        self._must_empty_log = False
+        self._well_until = 0.0
+        self._must_empty_log = True  # a process before this one may have left words there
 
     # --- A call begins
 
@@ -233,16 +234,19 @@ class Store:
             self._clock, self._no_sweep_before = clock, time.monotonic() + 3600
         if time.monotonic() < self._no_sweep_before:
             return
-        old = time.time() - max(1, self.keep_days) * A_DAY  # no phone call lasts a day
+        old = time.time() - max(1, self.keep_days) * A_DAY
+        # Nobody is on the phone for two hours without a word.
+        silent = old if self.keep_days else time.time() - 2 * 3600
+        old_words = ("FROM turns WHERE call_sid IN (SELECT call_sid FROM calls WHERE touched < ?)")
         with self._connection() as database:
-            if not database.execute("SELECT 1 FROM calls WHERE touched < ?", [old]).fetchone():
-                if not self._must_empty_log:
-                    return
-        with self._writing() as database:
-            database.execute("DELETE FROM turns WHERE call_sid IN"
-                             " (SELECT call_sid FROM calls WHERE touched < ?)", [old])
-            database.execute("DELETE FROM calls WHERE touched < ?", [old])
-        self._empty_log()
+            found = database.execute(f"SELECT 1 {old_words} UNION ALL SELECT 1 FROM calls"
+                                     " WHERE touched < ? LIMIT 1", [silent, old]).fetchone()
+        if found:
+            with self._writing() as database:
+                database.execute(f"DELETE {old_words}", [silent])
+                database.execute("DELETE FROM calls WHERE touched < ?", [old])
+        if found or self._must_empty_log:
+            self._empty_log()
 
     def phrases(self, language):
         """The line's own words in a language, as {English: words}."""
@@ -259,14 +263,17 @@ class Store:
                                  [language, phrase, words[phrase]])
 
     def check(self):
-        """Write and read, to see whether the disk is well."""
+        """Write and read, to see whether the disk is well; once a second at most."""
+        if self._well_until > time.monotonic():
+            return
         self._idle.clear()  # only a new connection notices that a disk is lost
         with self._connection() as database:
             # The argument 1 stops the check at the first fault, which is enough to know.
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
         self.end("check")  # no such call, but it writes: otherwise a full disk would pass
+        self._well_until = time.monotonic() + 1.0
 
     # --- What the methods above share
 
@@ -313,10 +320,20 @@ class Store:
         try:
             with connection:
                 yield connection
-        except BaseException:
+        except BaseException as error:
             connection.close()  # when the disk recovers, a new one works; this one may not
+            self._put_aside(file, error)
             raise
         self._idle[file].append(connection)
+
+    def _put_aside(self, file, error):
+        """If the file is corrupted, begin a new one, unless there are words in it to be kept."""
+        if type(error) is sqlite3.DatabaseError and not self.keep_days and (
+                file == self._which_file()):
+            os.replace(self.path, f"{self.path}.corrupted")
+            for rest in "-wal", "-shm":
+                with contextlib.suppress(OSError):
+                    os.remove(self.path + rest)
 
     def _which_file(self):
         """Device and inode of the file, which no other file has; None if there is no file."""
@@ -343,6 +360,7 @@ class Store:
                 # that can't change it, as another one uses the file, leaves it to the next.
                 connection.execute("PRAGMA journal_mode = WAL")
         except sqlite3.Error as error:
+            self._put_aside(self._which_file(), error)
             raise type(error)(f"{error}: {self.path}") from error
         return connection
 

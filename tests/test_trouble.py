@@ -227,18 +227,18 @@ def test_calls_that_are_over_leave_nothing_in_memory(stage):
     with stage.other_app(MALLOC_ARENA_MAX="1") as app:
 
         def calls(numbers):
-            """Calls with names of 50,000 letters: what is left of a call can be seen."""
+            """Calls with names of 25,000 letters: what is left of a call can be seen."""
             for number in numbers:
-                phone = stage.phone(app, CallSid=f"CA{number:050000}")
+                phone = stage.phone(app, CallSid=f"CA{number:025000}")
                 assert phone.webhook("/talking", {"SpeechResult": "Hello?"}) == "You said: Hello?"
                 phone.hang_up()
 
         calls(range(60))  # what is allocated once is allocated then
         threads, memory = used_by(app)
         calls(range(60, 160))
-        # If only the name of each call were left, that would be 5 MB.
+        # If only the name of each call were left, that would be 2.5 MB.
         wait_until(lambda: used_by(app)[0] < threads + 20)
-        assert used_by(app)[1] < memory + 2_500_000
+        assert used_by(app)[1] < memory + 1_250_000
 
 
 COUNTED = b"""\

@@ -88,7 +88,7 @@ def let_a_day_pass(app):
     with another_process(app.database) as database:
         for table in tables(database):
             for _, column, kind, *_ in database.execute(f"PRAGMA table_info({table})").fetchall():
-                if kind == "REAL":  # a moment, in Unix seconds
+                if kind == "DOUBLE PRECISION":  # a moment, in Unix seconds
                     database.execute(f"UPDATE {table} SET {column} = {column} - ?", [A_DAY + 60])
 
 
