@@ -28,7 +28,8 @@ may use several tools, think before, and search the web; and ``then`` may use to
     first, second = claude.asked("What time is it in Tokyo and Aden?")  # one request a round
     second.results  # [("09:00", False), ("03:00", False)]: each tool's words, and if it failed
 
-``python -m tests.claude`` runs it on its own, for the benchmark.
+``python -m tests.claude`` runs it on its own, for the benchmark. With ``--teach`` it has a little
+wit, and prints what each request held: for those who learn to build such a line, and have no key.
 """
 
 import argparse
@@ -40,6 +41,7 @@ import select
 import socket
 import threading
 import time
+import zoneinfo
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -387,6 +389,11 @@ def complaint_about_rounds(body, sent):
 class Claude(ThreadingHTTPServer):
     """The pretend Claude. Use it as a context manager.
 
+    Args:
+        port: where it listens; 0 takes a free one.
+        default: what answers the words that nobody has scripted: a function that takes the words
+            and returns a Reply, or a ``Teacher``.
+
     Attributes:
         requests: what it was sent, and took.
         refused: what it refused, as (status, message) pairs.
@@ -418,10 +425,10 @@ class Claude(ThreadingHTTPServer):
         """
         self._script[words] = list(replies)
 
-    def reply_to(self, words):
+    def reply_to(self, words, request=None):
         replies = self._script.get(words)
         if not replies:
-            return self.default(words)
+            return self.default(request if isinstance(self.default, Teacher) else words)
         return replies.pop(0) if len(replies) > 1 else replies[0]
 
     def complaint(self, body):
@@ -432,7 +439,7 @@ class Claude(ThreadingHTTPServer):
         """The Reply to a request: the scripted one, or how that goes on after tools or a pause."""
         last = request.body["messages"][-1]
         if last["role"] == "user" and not tool_results(last):
-            return self.reply_to(request.words)
+            return self.reply_to(request.words, request)
         names = [block.get("tool_use_id") or block.get("id") for block in blocks_of(last)]
         before = next((self.rounds[name] for name in reversed(names) if name in self.rounds), None)
         if before is None or before.then is None:
@@ -476,6 +483,9 @@ class _Handler(BaseHTTPRequestHandler):
         wrong = complaint(body, headers)
         if not wrong and (why := self.server.complaint(body)):
             wrong = 400, why
+        if isinstance(self.server.default, Teacher):
+            refused = wrong and f"(Claude refuses this: {wrong[1]}.)"
+            self.server.default.tell(refused or what_it_held(body))
         if wrong:
             self.server.refused.append(wrong)
             return self.fail(*wrong)
@@ -703,6 +713,172 @@ def found(search, name):
     return [asked, result]
 
 
+# --- A pretend Claude that teaches ----------------------------------------------------------------
+
+
+class Teacher:
+    """Answers without a script, with enough wit to show what the app does right or wrong.
+
+    It takes up what was said, and knows nothing but what stands in the request: a name only from
+    the messages, how to speak only from the prompt, and what it can do only from the tools.
+
+        with Claude(default=Teacher(tell=print)) as claude:
+            ...
+
+    Args:
+        tell: is given a line about each request: what it held, or why it was refused.
+        first_token: seconds before the first token, as in a Reply.
+        pace: tokens a second after that.
+    """
+
+    def __init__(self, tell=lambda line: None, first_token=0.5, pace=60):
+        self.tell, self.first_token, self.pace = tell, first_token, pace
+
+    def __call__(self, request):
+        text, *uses = self.answer(request)
+        tools = tools_of(request.body)
+        used = [tools[name] for name in uses if name in tools]
+        blocks = [Tool(tool["name"], input_for(tool, request.words)) for tool in used]
+        if "web_search" in uses:
+            found = Cited("I have found a page, and made its news up.")
+            blocks = [Search(request.words, seconds=2), found]
+        return Reply(text, self.first_token, self.pace, blocks=blocks, then=self.after_tools)
+
+    def after_tools(self, request):
+        """What is said once the tools have been used."""
+        said = " ".join(f"That didn't work: {words}" if failed else words
+                        for words, failed in request.results)
+        return Reply(said, self.first_token, self.pace)
+
+    def answer(self, request):
+        """What is said to the caller's last words; then the tools that are used, by name."""
+        words = request.words.strip()
+        sentence = words if words.endswith((".", "!", "?")) else f"{words}."
+        tools = [tool["name"] for tool in request.body.get("tools", [])]
+        said = [text for role, text in request.messages if role == "user"]
+        earlier = [text for role, text in request.messages if role == "assistant"]
+        name = next(filter(None, map(name_in, reversed(said))), None)
+        if re.search(r"(?i)\b(good ?bye|bye|hang up)\b", words):
+            goodbye = f"Goodbye, {name}!" if name else "Goodbye!"
+            if "hang_up" in tools:
+                return goodbye, "hang_up"
+            return (f"{goodbye} I can't hang up: I have no tool for that.",)
+        cut_off = earlier and re.search(r"(.*)\[[^\]]*\bcut\b[^\]]*\]$", earlier[-1])
+        if cut_off and re.search(r"(?i)^(stop|wait|hold on|what did you say)\b", words):
+            return (f"You cut in. Of what I said I am sent only this: {cut_off[1]}",)
+        if name_in(words):
+            return (f"Hello {name}! What can I do for you?",)
+        if re.search(r"(?i)\bmy name\b|\bwho am i\b", words):
+            return (f"{name}. You told me a moment ago." if name else "You haven't told me yet.",)
+        for tool in tools:
+            calls_for = CALLS_FOR.get(tool, re.escape(tool.replace("_", " ")))
+            if tool != "hang_up" and re.search(rf"(?i)\b({calls_for})\b", words):
+                return "Let me see.", tool
+        if re.search(rf"(?i)\b({CALLS_FOR['clock']})\b", words):
+            return ("I can't know that: I have no clock.",)
+        if not re.search("(?i)phone|aloud|markdown", prompt_of(request.body)):
+            return (f"**You said:** {sentence}\n\n1. *First*, think about that.\n2. Then, do it.",)
+        if re.fullmatch(r"(?i)(yes|no|please|yes,? please|go on|why|okay|ok)[.!?]*", words):
+            answer = words.rstrip(".!?")
+            if not earlier:
+                return (f"{answer} to what? I was sent nothing else.",)
+            return (f"{answer}, you say. Before that I said: {earlier[-1]}",)
+        if about := re.search(
+                r"(?i)\b(?:tell me|explain)\b.*\b(?:about|why|how) (.+?)[.!?]*$", words):
+            return (
+                f"There is much to say about {about[1]}. But I only pretend to be Claude, and know "
+                "nothing of it. What I can do is go on talking for a while. Cut in when you have "
+                "heard enough. So a longer answer sounds, one sentence after the other.",
+            )
+        if len(said) == 1:
+            return (f"I heard: {sentence} These are the first words that I was sent.",)
+        return (f"I heard: {sentence} You have spoken {len(said)} times so far.",)
+
+
+# What the caller says when a tool is wanted. A tool that isn't here is wanted by its name.
+CALLS_FOR = {
+    "clock": "what time|the time|what day|what's the date|today",
+    "hand_over": "put me through|a person|a human",
+    "switch_language": "speak|switch",
+    "forget_me": "forget (me|everything|what I said)",
+    "web_search": "look .*up|search|news|who won|weather",
+}
+
+
+def name_in(words):
+    """The name that a caller gives with these words, or None."""
+    found = re.search(r"(?i:\bmy name(?: is|'s)|\bcall me) (?!what\b)([^\W\d]+)"
+                      r"|\b(?:I am|I'm) ([A-Z]\w+)", words)
+    return (found[1] or found[2]).capitalize() if found else None
+
+
+def prompt_of(body):
+    """The system prompt of a request; empty if there is none."""
+    return words_of({"content": body.get("system")})
+
+
+def tools_of(body):
+    """The app's own tools in a request, by name."""
+    return {tool["name"]: tool for tool in body.get("tools", []) if "input_schema" in tool}
+
+
+def input_for(tool, words):
+    """A tool's input, out of the caller's words: what it can't do without, and a time zone."""
+    schema = tool["input_schema"]
+    values = {}
+    for name, kind in schema.get("properties", {}).items():
+        if name not in schema.get("required", []) and not ("zone" in name and time_zone_in(words)):
+            continue
+        number = re.search(r"\d+", words)
+        about = re.search(r"(?i)\b(?:in|of|for|about|on) (.+?)[.!?]*$", words)
+        if "zone" in name:
+            values[name] = time_zone_in(words) or "UTC"
+        elif name == "language":
+            values[name] = language_in(words, json.dumps(tool))
+        elif kind.get("enum"):
+            named = [one for one in kind["enum"] if str(one).lower() in words.lower()]
+            values[name] = (named or kind["enum"])[0]
+        elif kind.get("type") in ("integer", "number"):
+            values[name] = int(number[0]) if number else 1
+        elif kind.get("type") == "boolean":
+            values[name] = True
+        else:
+            values[name] = about[1] if about else words
+    return values
+
+
+def time_zone_in(words):
+    """The time zone of the city that is named, or None."""
+    for zone in sorted(zoneinfo.available_timezones()):
+        city = zone.rpartition("/")[2].replace("_", " ")
+        if "/" in zone and re.search(rf"(?i)\b{re.escape(city)}\b", words):
+            return zone
+    return None
+
+
+def language_in(words, known):
+    """The language that is named: as the tool writes it, if it says how it writes languages."""
+    codes = {"german": "de", "french": "fr", "spanish": "es", "italian": "it", "chinese": "zh"}
+    code = next((code for name, code in codes.items() if name in words.lower()), "en")
+    found = re.search(rf"\b{code}-[A-Z]{{2}}\b", known)
+    return found[0] if found else code
+
+
+def what_it_held(body):
+    """A request in one line: the prompt's first words, how many messages, and the tools."""
+    prompt = prompt_of(body).split()
+    first_words = " ".join(prompt[:6]) + (" ..." if len(prompt) > 6 else "")
+    count = len(body["messages"])
+    sent = [f'the prompt "{first_words}"'] if prompt else []
+    sent += [f"{count} message{'s' if count > 1 else ''}"]
+    held = f"(Claude is sent {' and '.join(sent)}"
+    if results := len(tool_results(body["messages"][-1])):
+        held += f", the last one with what {results} tool{'s' if results > 1 else ''} said"
+    if names := [tool["name"] for tool in body.get("tools", [])]:
+        held += f"; tools: {', '.join(names)}"
+    return held + ".)"
+
+
 def tokens(text):
     """The text in pieces of four characters, about what a token is."""
     return re.findall(r"(?s).{1,4}", text)
@@ -714,9 +890,12 @@ def main():
     parser.add_argument("--first-token", type=float, default=0.5, help="seconds to the first token")
     parser.add_argument("--pace", type=float, default=60, help="tokens a second")
     parser.add_argument("--text", default="You are very welcome here. " * 4)
+    parser.add_argument(
+        "--teach", action="store_true", help="answer with wit, and print what each request held")
     options = parser.parse_args()
     reply = Reply(options.text, options.first_token, options.pace)
-    with Claude(options.port, default=lambda words: reply) as claude:
+    teacher = Teacher(lambda line: print(line, flush=True), options.first_token, options.pace)
+    with Claude(options.port, default=teacher if options.teach else lambda words: reply) as claude:
         print(claude.url, flush=True)
         threading.Event().wait()
 

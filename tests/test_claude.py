@@ -3,7 +3,7 @@
 import anthropic
 import pytest
 
-from tests.claude import KEY, THOUGHTS, Cited, Claude, Reply, Search, Tool
+from tests.claude import KEY, THOUGHTS, Cited, Claude, Reply, Search, Teacher, Tool
 
 CLOCK = {
     "name": "clock",
@@ -240,3 +240,80 @@ def test_a_round_after_a_round(claude, ask):
     assert ask(*messages, tool_choice={"type": "none"}).stop_reason == "end_turn", (
         "it can't use any"
     )
+
+
+# --- The pretend Claude that teaches --------------------------------------------------------------
+
+PHONE = "You are on the phone: no markdown."
+
+
+@pytest.fixture
+def told():
+    """What the Claude that teaches tells of the requests."""
+    return []
+
+
+@pytest.fixture
+def teacher(told):
+    """Ask a Claude that teaches: returns the words of its answer, and the whole message."""
+    with Claude(default=Teacher(told.append, first_token=0, pace=None)) as claude:
+        with anthropic.Anthropic(api_key=KEY, base_url=claude.url, max_retries=0) as client:
+
+            def ask(*messages, **more):
+                request = dict(model="claude-haiku-5-5", max_tokens=2000, messages=messages, **more)
+                message = client.messages.create(**request)
+                texts = [block.text for block in message.content if block.type == "text"]
+                return " ".join(texts), message
+
+            yield ask
+
+
+def user(words):
+    return {"role": "user", "content": words}
+
+
+def test_the_teacher_remembers_a_name_from_the_messages_and_from_nothing_else(teacher):
+    told, asked = user("My name is Ada."), user("What's my name?")
+    hello, _ = teacher(told, system=PHONE)
+    assert hello.startswith("Hello Ada!")
+    said = told, {"role": "assistant", "content": hello}, asked
+    assert "Ada" in teacher(*said, system=PHONE)[0]
+    assert "Ada" not in teacher(asked, system=PHONE)[0]
+
+
+def test_the_teacher_writes_markdown_until_the_prompt_forbids_it(teacher):
+    asked = user("How do I boil an egg?")
+    assert "**" in teacher(asked)[0] and "\n1. " in teacher(asked)[0]
+    on_the_phone = teacher(asked, system=PHONE)[0]
+    assert "*" not in on_the_phone and "How do I boil an egg?" in on_the_phone
+
+
+def test_the_teacher_uses_the_tools_that_there_are(teacher):
+    asked = user("What time is it in Tokyo?")
+    clock = {**CLOCK, "input_schema": {
+        "type": "object", "properties": {"time_zone": {"type": "string"}}, "required": ["time_zone"]
+    }}
+    words, message = teacher(asked, system=PHONE)
+    assert message.stop_reason == "end_turn" and "no clock" in words
+    _, message = teacher(asked, system=PHONE, tools=[clock])
+    assert message.content[-1].input == {"time_zone": "Asia/Tokyo"}
+    said = asked, written(message), results(message)
+    assert "09:00" in teacher(*said, system=PHONE, tools=[clock])[0]
+
+
+def test_the_teacher_hangs_up_where_there_is_a_tool_for_it(teacher):
+    words, message = teacher(user("Goodbye!"), system=PHONE, tools=[{**CLOCK, "name": "hang_up"}])
+    assert words == "Goodbye!" and message.content[-1].name == "hang_up"
+    assert teacher(user("Goodbye!"), system=PHONE)[1].stop_reason == "end_turn"
+
+
+def test_the_teacher_tells_what_a_request_held_and_why_it_was_refused(teacher, told):
+    teacher(user("Hello."))
+    teacher(user("Hello."), system="A prompt.", tools=[CLOCK, SEARCH])
+    with pytest.raises(anthropic.BadRequestError):
+        teacher(user(" "))
+    assert told == [
+        "(Claude is sent 1 message.)",
+        '(Claude is sent the prompt "A prompt." and 1 message; tools: clock, web_search.)',
+        "(Claude refuses this: messages: text content blocks must contain non-whitespace text.)",
+    ]
