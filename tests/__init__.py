@@ -6,6 +6,8 @@ Programs, each of which also runs on its own:
     python -m tests.claude   a pretend Claude: answers the line as Anthropic's API does
     python -m tests.bench    measures how long callers wait, and what a turn costs
 
+In steps/ are the sixteen programs of the README's tutorial.
+
 Tests, all of which ``python -m pytest`` runs:
 
     conftest.py              the stage: the apps, the phones and the pretend Claudes that the tests share

@@ -6,25 +6,44 @@ Its conversations are replayed by the telephone, with Claude's part scripted fro
     You: what the caller says
     (You say nothing.)  (Someone else calls.)  (The line hangs up.)
     (Claude is sent 3 messages.)  (Claude is sent the prompt and 1 message.)
+    (Claude fails.)  (Claude writes nothing.)  (Claude takes its time.)
+    (Claude says "..." and uses the tool clock.)
+    (A stranger asks for a reply, and gets 403.)  (You hang up, and all is forgotten.)
+    (You cut in, and Twilio delivers your words twice.)
+
+All conversations begin with the first test, in threads, since most of their time is waiting.
 
 Where a line of the README is to blame, the failure names it.
 """
 
 import ast
 import contextlib
+import importlib
+import io
+import multiprocessing
+import os
 import re
+import shutil
+import socket
+import sqlite3
 import subprocess
-import textwrap
+import sys
+import threading
 import time
+import tokenize
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from typing import NamedTuple
 from xml.etree import ElementTree
+from zoneinfo import ZoneInfo
 
 import pytest
+from werkzeug.serving import make_server
 
 import conversation
-from tests.claude import KEY, Claude, Reply
+from tests.claude import KEY, Claude, Reply, Tool
+from tests.conftest import wait_until
 from tests.phone import ROOT, App, Phone
 
 README = (ROOT / "README.md").read_text()
@@ -81,9 +100,7 @@ def read():
 
 
 BLOCKS, ROWS = read()
-QUOTATION = re.compile(r"From\s`([^`]+)`:$")
-QUOTATIONS = [block for block in BLOCKS if QUOTATION.search(block.before)]
-STEPS = [block for block in BLOCKS if block.language == "python" and block not in QUOTATIONS]
+STEPS = [block for block in BLOCKS if block.language == "python"]
 CONVERSATIONS = [block for block in BLOCKS if block.text.startswith(("Line:", "You:", "("))]
 PROSE = re.sub(r"(?ms)^```.*?^```$", "", README)
 
@@ -115,32 +132,167 @@ def strings_in(source):
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-# --- The apps, started all at the same time ---------------------------------------------------------------------------
+# --- The steps ------------------------------------------------------------------------------------
+
+FOLDERS = [ROOT / "tests/steps" / str(number) for number in range(1, 17)]
+MARK = "  # new"
+
+
+def number_of(block):
+    """Which step's block this is: a string, as it stands in the heading."""
+    return block.heading.partition(".")[0]
+
+
+def files_of(folder):
+    """The lines of each file of a step, without the marks, by the file's name."""
+    return {
+        path.name: [line.removesuffix(MARK) for line in path.read_text().splitlines()]
+        for path in folder.glob("*.py")
+    }
+
+
+def in_a_string(source):
+    """The numbers of the lines that end in a string: there, a mark would be a part of it."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    strings = [token for token in tokens if token.type == tokenize.STRING]
+    return {number for token in strings for number in range(token.start[0], token.end[0])}
+
+
+def test_each_step_is_followed_by_what_is_heard():
+    assert [number_of(step) for step in STEPS] == [folder.name for folder in FOLDERS]
+    assert set((ROOT / "tests/steps").iterdir()) == set(FOLDERS)
+    for step in STEPS:
+        following = (block for block in BLOCKS if block.line > step.line)
+        assert next(block for block in following if block.language != "xml") in CONVERSATIONS, step
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_step_fits_on_a_page(folder):
+    for name, lines in files_of(folder).items():
+        assert len(lines) <= 120, f"{folder.name}/{name}"
+        assert max(map(len, lines)) <= 93, f"{folder.name}/{name}: with the mark, 100 columns"
+
+
+@pytest.mark.parametrize("folder", FOLDERS[1:], ids=lambda folder: folder.name)
+def test_the_new_lines_are_marked_and_no_others(folder):
+    before = files_of(FOLDERS[FOLDERS.index(folder) - 1])
+    known = {line for lines in before.values() for line in lines}
+    new = 0
+    for path in folder.glob("*.py"):
+        source = path.read_text()
+        unmarked = in_a_string(source)
+        for number, line in enumerate(source.splitlines(), 1):
+            is_new = line.removesuffix(MARK) not in known
+            new += is_new
+            marked = is_new and number not in unmarked
+            assert line.endswith(MARK) == marked, f"{path}, line {number}"
+    assert new <= 25, folder
+
+
+@pytest.mark.parametrize("step", STEPS[:4], ids=str)
+def test_the_first_steps_are_printed_in_full(step):
+    assert step.text == (FOLDERS[STEPS.index(step)] / "app.py").read_text()
+
+
+@pytest.mark.parametrize("step", STEPS[4:], ids=str)
+def test_of_the_other_steps_each_piece_that_is_printed_stands_in_its_file(step):
+    folder, name, piece, printed = FOLDERS[STEPS.index(step)], "app.py", [], 0
+    for number, line in enumerate([*step.text.splitlines(), "    ..."], step.line + 1):
+        file = re.fullmatch(r"# (\w+\.py)", line)
+        if line == "    ..." or file:
+            text, where = "\n".join(piece), f"README.md, before line {number}"
+            assert f"\n{text}\n" in "\n" + (folder / name).read_text(), where
+            name, piece = file[1] if file else name, []
+        else:
+            piece.append(line)
+            printed += line.endswith(MARK)
+    # The rest are imports and the like, of which there is nothing to say.
+    new = sum(path.read_text().count(f"{MARK}\n") for path in folder.glob("*.py"))
+    assert printed >= new / 3, step
+
+
+# --- The apps, and the conversations with them, started all at the same time ----------------------
+
+
+class StepsApp:
+    """A step's app, under Flask's own server, in a process that had all the libraries already.
+
+    Under gunicorn the sixteen would take as many seconds.
+    """
+
+    def __init__(self, folder, claude):
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(
+            [__name__, "flask", "twilio.request_validator", "twilio.twiml.voice_response"])
+        self.folder, self.database = folder, folder / "calls.db"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        environ = {
+            "ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": claude.url, "TWILIO_AUTH_TOKEN": TOKEN
+        }
+        arguments = str(folder), self.port, environ
+        self.process = processes.Process(target=serve, args=arguments, daemon=True)
+
+    def start(self):
+        """Start it, and wait until it answers."""
+        self.process.start()
+        wait_until(lambda: self.answers() or not self.process.is_alive())
+        assert self.process.is_alive(), self.log()
+        return self
+
+    def answers(self):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
+
+    def log(self):
+        return (self.folder / "log").read_text()
+
+    def stop(self):
+        if self.process.pid:
+            self.process.kill()
+            self.process.join()
+
+
+def serve(folder, port, environ):
+    """Run the app in this folder, for ever."""
+    with open(f"{folder}/log", "wb", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(environ)
+    os.chdir(folder)
+    for name in ("app", "conversation", "store"):
+        sys.modules.pop(name, None)  # those of the real line
+    sys.path.insert(0, folder)
+    app = importlib.import_module("app").app
+    make_server("127.0.0.1", port, app, threaded=True).serve_forever()
 
 
 @pytest.fixture(scope="module")
 def apps(tmp_path_factory, request):
     """A function that gives (app, its pretend Claude): the "real" one, the real one with "no key", or a step's."""
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2 + len(STEPS)) as pool:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(4 + len(STEPS)) as pool:
 
-        def start(folder, **environ):
+        def start(**environ):
             claude = stack.enter_context(Claude())
-            app = App({"ANTHROPIC_BASE_URL": claude.url, **environ}, folder=folder)
+            app = App({"ANTHROPIC_BASE_URL": claude.url, **environ})
             stack.push(app)
             stack.callback(app.kill)  # nobody is on the line any more, so nothing has to end gracefully
             return pool.submit(app.start), claude
 
         started = {
-            "real": start(ROOT, ANTHROPIC_API_KEY=KEY, TWILIO_AUTH_TOKEN=TOKEN),
-            "no key": start(ROOT, TWILIO_AUTH_TOKEN=TOKEN),
-            "no token": start(ROOT, TWILIO_AUTH_TOKEN=""),
+            "real": start(ANTHROPIC_API_KEY=KEY, TWILIO_AUTH_TOKEN=TOKEN),
+            "no key": start(TWILIO_AUTH_TOKEN=TOKEN),
+            "no token": start(TWILIO_AUTH_TOKEN=""),
         }
-        for step in STEPS:
-            folder = tmp_path_factory.mktemp("step")
-            (folder / "app.py").write_text(step.text)
-            started[step.heading] = start(folder, ANTHROPIC_API_KEY=KEY)
-
-        request.getfixturevalue("app_module")  # it imports the SDK, and so do they: now is the time
+        for folder in FOLDERS:
+            copy = shutil.copytree(folder, tmp_path_factory.mktemp("steps") / folder.name)
+            claude = stack.enter_context(Claude())
+            app = StepsApp(copy, claude)
+            stack.callback(app.stop)
+            started[folder.name] = pool.submit(app.start), claude
 
         def app_and_claude(which):
             starting, claude = started[which]
@@ -149,10 +301,17 @@ def apps(tmp_path_factory, request):
         yield app_and_claude
 
 
+@pytest.fixture(scope="module", autouse=True)
+def replays(apps):
+    """The conversations, which begin now: futures, by the line of the README where they stand."""
+    with ThreadPoolExecutor(len(CONVERSATIONS)) as pool:
+        yield {one.line: pool.submit(replay, one, apps) for one in CONVERSATIONS}
+
+
 def app_of(conversation):
     """Which app a conversation is with."""
-    if conversation.heading in [step.heading for step in STEPS]:
-        return conversation.heading
+    if number_of(conversation).isdecimal():
+        return number_of(conversation)
     return "no key" if "no key" in conversation.text else "real"
 
 
@@ -169,40 +328,81 @@ def app_module():
 # --- The conversations ------------------------------------------------------------------------------------------------
 
 
-def script(claude, lines):
+ONLY_IN_THE_SCRIPT = ["(Claude fails.)", "(Claude writes nothing.)", "(Claude takes its time.)"]
+
+
+def script(claude, phone, lines):
     """Have the pretend Claude say what the line says in answer to the caller."""
     replies = {}
     for position, line in enumerate(lines):
-        if line.startswith("You: "):
-            rest = iter([*lines[position + 1 :], "", ""])
-            reply = next(line for line in rest if line.startswith("Line: ")).removeprefix("Line: ")
-            hangs_up = next(rest) == "(The line hangs up.)"
-            replies.setdefault(line.removeprefix("You: "), []).append(Reply(reply, hang_up=hangs_up))
+        if not line.startswith("You: "):
+            continue
+        rest = lines[position + 1 :] + [""]
+        spoken = next(number for number, line in enumerate(rest) if line.startswith("Line: "))
+        words, reply = line.removeprefix("You: "), Reply(rest[spoken].removeprefix("Line: "))
+        reply.hang_up = rest[spoken + 1] == "(The line hangs up.)"
+        before = " ".join(rest[:spoken])
+        if "(Claude fails.)" in before:
+            reply = Reply(status=529)
+        elif "(Claude writes nothing.)" in before:
+            reply = Reply("")
+        elif "(Claude takes its time.)" in before:
+            text = reply.text.removeprefix("One moment. ")
+            keep_silent_until_a_moment_was_asked_for(claude, phone, text)
+            continue
+        elif tool := re.search(r'\(Claude says "(.+)" and uses the tool (\w+)\.\)', before):
+            then = Reply(reply.text.removeprefix(tool[1]).strip())
+            reply = Reply(tool[1], blocks=[Tool(tool[2], {"time_zone": "Asia/Tokyo"})], then=then)
+        replies.setdefault(words, []).append(reply)
     for words, in_turn in replies.items():
         claude.when(words, *in_turn)
+
+
+def keep_silent_until_a_moment_was_asked_for(claude, phone, text):
+    asked_for = threading.Event()
+    phone.on_hearing = lambda heard: asked_for.set() if heard == "One moment." else None
+
+    def answer(words):
+        asked_for.wait(60)
+        return Reply(text)
+
+    claude.default = answer
 
 
 def what_was_sent(request):
     """A request to Claude, in the README's words."""
     prompt = "the prompt and " if request.body.get("system") else ""
     count = len(request.messages)
-    return f"(Claude is sent {prompt}{count} message{'s' if count > 1 else ''}.)"
+    cut_off = any(text.endswith("[cut off]") for _, text in request.messages)
+    with_its_own = ", with its own cut off" if cut_off else ""
+    return f"(Claude is sent {prompt}{count} message{'s' if count > 1 else ''}{with_its_own}.)"
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=str)
-def test_the_line_says_what_the_readme_promises(conversation, apps):
+def kept(app, call_sid):
+    """How many turns of this call a step keeps."""
+    with contextlib.closing(sqlite3.connect(app.database)) as database:
+        count = "SELECT COUNT(*) FROM turns WHERE call_sid = ?"
+        return database.execute(count, [call_sid]).fetchone()[0]
+
+
+def replay(conversation, apps):
     app, claude = apps(app_of(conversation))
     lines = conversation.text.splitlines()
-    script(claude, lines)
     phone = Phone(app.url, TOKEN)
-    heard = phone.call()
+    script(claude, phone, lines)
+    heard, deliveries = phone.call(), 1
     for number, line in enumerate(lines, conversation.line + 1):
-        where = f"README.md, line {number}"
+        where = f"README.md, line {number}\n{app.log()}"
         who, _, words = line.partition(": ")
         if who == "You":
-            heard = phone.say(words)
+            said = {"CallSid": phone.call_sid, "SpeechResult": words}
+            for _ in range(deliveries - 1):
+                assert phone.request("POST", "/talking", said, "one token").status == 200, where
+            heard = phone.say(words, token="one token" if deliveries > 1 else None)
+            assert deliveries == 1 or len(claude.asked(words)) == 1, where
         elif who == "Line":
-            assert heard == words, f"{where}\n{app.log()}"
+            # How often the line asks for a moment depends on how busy this machine is.
+            assert re.sub(r"(One moment\. )+", "One moment. ", heard) == words, where
         elif line == "(You say nothing.)":
             heard = phone.stay_silent()
         elif line == "(Someone else calls.)":
@@ -210,65 +410,100 @@ def test_the_line_says_what_the_readme_promises(conversation, apps):
             heard = phone.call()
         elif line == "(The line hangs up.)":
             assert phone.ended == "hangup", where
-        else:
+        elif line == "(You hang up, and all is forgotten.)":
+            assert kept(app, phone.call_sid) == 1, where
+            phone.hang_up()
+            assert kept(app, phone.call_sid) == 0, where
+        elif line == "(You cut in, and Twilio delivers your words twice.)":
+            deliveries = 2
+        elif line == "(A stranger asks for a reply, and gets 403.)":
+            before = len(claude.requests)
+            for stranger in (Phone(app.url), Phone(app.url, "another token")):
+                asked = {"CallSid": phone.call_sid, "SpeechResult": "Hello?"}
+                assert stranger.request("POST", "/talking", asked).status == 403, where
+            assert len(claude.requests) == before, where
+        elif line.startswith("(Claude says "):
+            ((result, failed),) = claude.requests[-1].results
+            now = datetime.now(ZoneInfo("Asia/Tokyo"))
+            days = [f"{now:%A}", f"{now - timedelta(hours=1):%A}"]  # midnight may have passed
+            assert result.partition(",")[0] in days and not failed, where
+        elif line not in ONLY_IN_THE_SCRIPT:
             assert what_was_sent(claude.requests[-1]) == line, where
-    assert (phone.ended is not None) == (lines[-1] == "(The line hangs up.)"), conversation
+    over = lines[-1] in ("(The line hangs up.)", "(You hang up, and all is forgotten.)")
+    assert (phone.ended is not None) == over, conversation
+    assert phone.warnings == [], conversation
 
 
-def test_the_first_sentence_is_said_while_the_second_is_written(apps):
-    app, claude = apps("real")
+def test_the_first_sentence_is_said_while_the_second_is_written(apps, replays):
     promised = only("xml")
+    app, claude = apps(app_of(promised))
+    (conversation,) = (one for one in CONVERSATIONS if app_of(one) == app_of(promised))
+    replays[conversation.line].result()  # or that would still be talking
     words = re.findall('"([^"]+)"', promised.before)[-1]
-    (reply,) = re.findall(rf"(?m)^You: .*{re.escape(words)}\nLine: (.*)$", CONVERSATIONS[0].text)
+    (reply,) = re.findall(rf"(?m)^You: {re.escape(words)}\nLine: (.*)$", conversation.text)
     claude.when(words, Reply(reply, pace=20))
     phone = Phone(app.url, TOKEN)
     phone.call()
     assert phone.say(words) == reply
-    first_answer = phone.documents[1].decode()
+    first_answer = re.sub(r"turn=\d+", "turn=1", phone.documents[1].decode())
     assert without_layout(first_answer) == without_layout(promised.text), promised
+    three = "This is number one. This is number two. And three."
+    claude.when("Count to three.", Reply(three, pace=16))
+    assert phone.say("Count to three.") == three
+
+
+@pytest.mark.parametrize("number", ["14", "15", "16"])
+def test_a_reply_that_nobody_waits_for_stops_growing(number, apps):
+    """Its stream is closed: when the caller has gone on, and when the caller has hung up."""
+    app, claude = apps(number)
+    phone = Phone(app.url, TOKEN)
+    phone.call()
+    for words, go_on in [("Tell me.", lambda: phone.say("Hello?")), ("Go on.", phone.hang_up)]:
+        claude.when(words, Reply("This is a sentence. " * 200, pace=40))
+        begun = {"CallSid": phone.call_sid, "SpeechResult": words}
+        assert phone.request("POST", "/talking", begun).status == 200
+        go_on()
+        (request,) = claude.asked(words)
+        wait_until(lambda request=request: request.finished)
+        assert request.tokens_sent < 800, "it was read to its end"
+    assert "You said: Hello?" in [text for text, *_ in phone.said]
+
+
+def test_a_tool_that_fails_is_no_dead_line(apps):
+    app, claude = apps("16")
+    words = "What time is it in Atlantis?"
+    blocks = [Tool("clock", {"time_zone": zone}) for zone in ("Atlantis", "Asia/Tokyo")]
+    claude.when(words, Reply("Let me see.", blocks=blocks, then=Reply("It has no time.")))
+    phone = Phone(app.url, TOKEN)
+    phone.call()
+    assert phone.say(words) == "Let me see. It has no time."
+    results = claude.asked(words)[-1].results
+    assert [failed for _, failed in results] == [True, False]
 
 
 def without_layout(xml):
     return ElementTree.canonicalize(xml, strip_text=True)
 
 
-# --- The steps --------------------------------------------------------------------------------------------------------
+# --- What is named from the code ------------------------------------------------------------------
 
 
-def test_each_of_the_six_steps_is_followed_by_what_is_heard():
-    assert [step.heading[0] for step in STEPS] == list("123456")
-    for step in STEPS:
-        assert BLOCKS[BLOCKS.index(step) + 1] in CONVERSATIONS, step
+def sections():
+    """The sections of the real files, as the table of the tutorial names them."""
+    for name, source in CODE.items():
+        banners = re.findall(r"(?m)^# --- (.+?) -+$", source)
+        yield from [f"`{name}`: {banner}" for banner in banners] or [f"`{name}`"]
 
 
-@pytest.mark.parametrize("step", STEPS, ids=str)
-def test_a_step_fits_on_a_page(step):
-    lines = step.text.splitlines()
-    assert len(lines) <= 40, step
-    assert max(map(len, lines)) <= 120, step
-
-
-@pytest.mark.parametrize("before, step", [*zip(STEPS, STEPS[1:])], ids=lambda step: step.heading)
-def test_the_new_lines_are_marked_and_no_others(before, step):
-    mark = "  # new"
-    known = {line.removesuffix(mark) for line in before.text.splitlines()}
-    for number, line in enumerate(step.text.splitlines(), step.line + 1):
-        is_new = line.removesuffix(mark) not in known
-        assert line.endswith(mark) == is_new, f"README.md, line {number}"
-
-
-# --- What is quoted from the code, and named --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("quotation", QUOTATIONS, ids=str)
-def test_a_quotation_stands_in_its_file(quotation):
-    (name,) = QUOTATION.findall(quotation.before)
-    indented = [textwrap.indent(quotation.text, " " * spaces) for spaces in range(0, 40, 4)]
-    assert any("\n" + text in "\n" + CODE[name] for text in indented), quotation
-
-
-def test_each_file_is_quoted():
-    assert {QUOTATION.search(quotation.before)[1] for quotation in QUOTATIONS} == set(CODE)
+def test_each_section_of_the_files_grew_from_somewhere():
+    rows = table("section")
+    assert [row.cells[0] for row in rows] == [*sections()]
+    for row in rows:
+        (name,) = code_in(row.cells[0])
+        for code in code_in(row.cells[2]):
+            assert code.startswith("<") or code in CODE[name], f"{row}: {code}"
+        for step in re.findall(r"\d+", row.cells[1]):
+            assert 1 <= int(step) <= len(STEPS), row
 
 
 def test_every_file_that_is_named_exists():
@@ -289,7 +524,7 @@ def test_what_became_of_the_durable_object_stands_in_the_code():
 
 
 def test_how_long_the_webhook_waits():
-    (seconds,) = re.findall(r"has waited\sfor (\d+)\sseconds", PROSE)
+    (seconds,) = re.findall(r"looks at the row for (\d+)\sseconds", PROSE)
     assert float(seconds) == conversation.PATIENCE
 
 
@@ -427,3 +662,11 @@ def test_who_is_refused_hears_twilio_s_error(logged, which, token, headers, apps
     assert row.cells[0].strip('"') in Phone(app.url, token, headers=headers).call(), row
     for piece in row.cells[1].strip("`").split("…"):
         assert piece in app.log(), row
+
+
+# --- The conversations, which began with the first test -------------------------------------------
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=str)
+def test_the_line_says_what_the_readme_promises(conversation, replays):
+    replays[conversation.line].result()
