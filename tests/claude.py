@@ -192,6 +192,26 @@ class Request:
         results = tool_results(self.body["messages"][-1])
         return [(words_of(result), bool(result.get("is_error"))) for result in results]
 
+    @property
+    def is_translation(self):
+        """Whether the line wants its own words in another language."""
+        return not self.body.get("stream") and self.system.startswith("Translate")
+
+    @property
+    def system(self):
+        """The words of the system prompt."""
+        return words_of({"content": self.body.get("system")})
+
+    @property
+    def phrases(self):
+        """What is to be translated."""
+        return list(json.loads(self.words))
+
+    @property
+    def language(self):
+        """The tag of the language to translate into."""
+        return re.search(r"\b[a-z]{2,3}-[A-Z]{2}\b", self.system).group()
+
 
 def words_of(message):
     """The words of a message, whether its content is a string or a list of blocks."""
@@ -399,6 +419,11 @@ class Claude(ThreadingHTTPServer):
         refused: what it refused, as (status, message) pairs.
         searches: whether the key may search the web; set it to False, and a request that wants to
             is refused.
+        translations: the requests for a translation of the line's own words; they aren't in
+            ``requests``. Such a request isn't streamed, and its system prompt begins with
+            "Translate".
+        translate: how they are answered: a function of (phrases, language), a list of English
+            phrases and a tag like "de-DE", that returns the Reply, or the translations by phrase.
     """
 
     daemon_threads = True
@@ -410,6 +435,7 @@ class Claude(ThreadingHTTPServer):
         self.requests = []
         self.refused = []
         self.searches = True
+        self.translations, self.translate = [], translated
         self.default = default or (lambda words: Reply(f"You said: {words}"))
         self._script = {}
         self.counter = itertools.count(1)
@@ -437,6 +463,9 @@ class Claude(ThreadingHTTPServer):
 
     def answer_to(self, request):
         """The Reply to a request: the scripted one, or how that goes on after tools or a pause."""
+        if request.is_translation:
+            reply = self.translate(request.phrases, request.language)
+            return reply if isinstance(reply, Reply) else Reply(json.dumps(reply))
         last = request.body["messages"][-1]
         if last["role"] == "user" and not tool_results(last):
             return self.reply_to(request.words, request)
@@ -490,7 +519,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.refused.append(wrong)
             return self.fail(*wrong)
         self.asked = Request(body, headers, self.connection_number)
-        self.server.requests.append(self.asked)
+        kept = self.server.translations if self.asked.is_translation else self.server.requests
+        kept.append(self.asked)
         reply = self.server.answer_to(self.asked)
         try:
             time.sleep(reply.first_token) if body.get("stream") else self.wait_for_the_whole(reply)
@@ -680,6 +710,11 @@ class _Handler(BaseHTTPRequestHandler):
     def event(self, kind, **fields):
         data = f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def translated(phrases, language):
+    """What this Claude makes of the line's own words, where a test says nothing else."""
+    return {phrase: f"{phrase} ({language})" for phrase in phrases}
 
 
 def opened(block):

@@ -25,6 +25,7 @@ import http.client
 import math
 import os
 import pathlib
+import re
 import secrets
 import select
 import shlex
@@ -54,8 +55,20 @@ VERBS = {
         "hints profanityFilter partialResultCallback partialResultCallbackMethod".split()
     ),
     "Redirect": {"method"},
+    "Dial": set("action method timeout callerId answerOnBridge hangupOnStar timeLimit".split()),
+    "Number": {"url", "method"},
     "Hangup": set(),
     "Reject": {"reason"},
+}
+# The verbs that hold others, and which.
+HOLDS = {"Gather": {"Say", "Pause"}, "Dial": {"Number"}}
+# What becomes of a <Dial>, by what a test says of the other person: Twilio's DialCallStatus.
+DIALLED = {
+    "takes it": "completed",  # presses a key, if asked for one; talks, and hangs up
+    "presses nothing": "completed",  # a voicemail, or a wrong person
+    "busy": "busy",
+    "no answer": "no-answer",
+    "failed": "failed",  # there is no such number, for example
 }
 
 
@@ -114,6 +127,9 @@ class Phone:
 
     Attributes that a test may look at, beside those that ``__init__`` explains:
         gather: the attributes of the <Gather> that listens now, or None.
+        handed_over: what the other person does where the line dials a number: one of DIALLED.
+        dialled: the attributes of every <Dial>, with the number that was dialled as "Number".
+        other_person: the OtherPerson who answered last, or None.
         on_hearing: a function that is called with each text that is heard, before Twilio does what
             comes next in the document.
     """
@@ -150,6 +166,7 @@ class Phone:
         }
         self.ended = None  # how: "hangup", "rejected", "hung up by the caller", or Twilio's error
         self.said = []  # every <Say>, as (text, when it began, whether the caller could cut in)
+        self.voices = []  # every <Say>, as (text, voice, language); None where it has none
         self.waits = []  # seconds from each verb of the caller to the first word back
         self.gaps = []  # seconds of dead air inside replies
         self.webhooks = []  # every request, as (url, parameters, seconds, status)
@@ -157,6 +174,8 @@ class Phone:
         self.documents = []
         self.gather = None
         self.on_hearing = None
+        self.handed_over, self.other_person = "takes it", None
+        self.dialled = []
         self._base = self.public_url + "/"
 
     # What the caller does
@@ -227,6 +246,8 @@ class Phone:
 
     # What Twilio does
 
+    BEHIND_THE_LAST_VERB = "hangup"
+
     def _turn(self, fetch, *what):
         """Do what a document says, and those that it leads to, until the line listens or the call has ended."""
         if self.ended:
@@ -238,7 +259,7 @@ class Phone:
             while verbs is not None and self.ended is None:
                 verbs = self._run(verbs)
             if self.gather is None and self.ended is None:
-                self.ended = "hangup"  # Twilio hangs up behind the last verb
+                self.ended = self.BEHIND_THE_LAST_VERB
         except TwilioError as error:
             self.ended = str(error)
             self.spoken("We are sorry, an application error has occurred. Goodbye.", False)
@@ -262,6 +283,8 @@ class Phone:
             elif verb.tag == "Reject":
                 self.ended = "rejected" if self.params["CallStatus"] == "ringing" else "hangup"
                 return None
+            elif verb.tag == "Dial":
+                return self._dial(verb, verbs[position + 1 :])
             elif verb.tag == "Gather":
                 self.params["CallStatus"] = "in-progress"
                 self.gather, self._after_gather = dict(verb.attrib), verbs[position + 1 :]
@@ -270,6 +293,41 @@ class Phone:
                 return None
             self.params["CallStatus"] = "in-progress"
         return None
+
+    def _dial(self, verb, behind):
+        """Call the other person; returns the verbs of what comes after that."""
+        self.params["CallStatus"] = "in-progress"
+        number = verb.find("Number")
+        to = ((verb if number is None else number).text or "").strip()
+        outbound = self.params["Direction"].startswith("outbound")
+        own, caller = (self.params[name] for name in (("From", "To") if outbound else ("To", "From")))
+        self.dialled.append({**verb.attrib, "Number": to})
+        status, sid = DIALLED[self.handed_over], "CA" + secrets.token_hex(16)
+        if verb.get("callerId", own) != own:
+            self.warnings.append(f"13214: callerId={verb.get('callerId')!r} is not the line's own")
+            status = "failed"
+        result = {"DialCallStatus": status, "DialBridged": "false"}
+        if status != "failed":
+            result["DialCallSid"] = sid
+        if status == "completed":
+            self.other_person = other = OtherPerson(self, sid, verb.get("callerId", caller), to)
+            url = None if number is None else number.get("url")
+            other.answer(
+                url and urljoin(self._base, url),
+                "POST" if number is None else number.get("method", "POST"),
+                presses=self.handed_over == "takes it",
+            )
+            self.warnings += other.warnings
+            if other.ended == "connected":
+                self._spoken_until = None  # the two talk: that is no dead air
+                result["DialBridged"] = "true"
+            result["DialCallDuration"] = "1"
+        if self.ended:  # the caller has hung up meanwhile
+            return None
+        if not verb.get("action"):
+            return behind
+        url = urljoin(self._base, verb.get("action"))
+        return self._fetch(url, verb.get("method", "POST"), result)
 
     def _say(self, verb, cut_in):
         text = (verb.text or "").strip()
@@ -284,6 +342,7 @@ class Phone:
             self._asked = None
         elif self._spoken_until is not None:
             self.gaps.append(max(0.0, now - self._spoken_until))
+        self.voices.append((text, verb.get("voice"), verb.get("language")))
         self.spoken(text, cut_in)
         self._spoken_until = time.monotonic()
 
@@ -411,6 +470,53 @@ class Phone:
             return response
 
 
+class OtherPerson(Phone):
+    """Who answers where the line dials: a second leg of a call, whose requests are its own.
+
+    This is a Phone, so that a test can look at what was ``said`` to the other person, at the
+    ``webhooks`` and so on. ``ended`` is "connected" for one who was connected with the caller.
+
+    Args:
+        phone: the first leg.
+        call_sid: of the second leg.
+        number: the ``callerId``, which the other person's telephone shows.
+        to: the number that was dialled.
+    """
+
+    BEHIND_THE_LAST_VERB = "connected"
+
+    def __init__(self, phone, call_sid, number, to):
+        super().__init__(
+            phone.url,
+            phone.token,
+            number=number,
+            public_url=phone.public_url,
+            headers=phone.headers,
+            speaking_rate=phone.speaking_rate,
+            CallSid=call_sid,
+            ParentCallSid=phone.call_sid,
+            To=to,
+            Direction="outbound-dial",
+            CallStatus="in-progress",
+        )
+        self.call_sid = call_sid
+
+    def answer(self, url, method, presses):
+        """Pick up: hear what the line says first, and press a key wherever one is asked for, or not."""
+        if url is None:
+            self.ended = "connected"  # voicemail too: nobody has asked for a key
+            return
+        self.webhook(url, method=method)
+        while not self.ended:
+            self.press("1") if presses and self.listens_to("dtmf") else self.stay_silent()
+
+    def _fetch(self, url, method, params=(), token=None):
+        return self._document(url, method, dict(params), token)  # this leg has no fallback
+
+    def _dial(self, verb, behind):
+        raise TwilioError(12200, "who was dialled can't be given a <Dial>")
+
+
 def sign(token, url, params):
     """Twilio's signature. https://www.twilio.com/docs/usage/security#validating-requests"""
     message = url + "".join(name + value for name, value in sorted(params.items()))
@@ -429,6 +535,8 @@ def parse(body):
         raise TwilioError(12100, f"<{response.tag}> is not <Response>")
     if any(verb.tag == "Reject" for verb in response[1:]):
         raise TwilioError(12200, "<Reject> must be the first verb")
+    if response.find("Number") is not None:
+        raise TwilioError(12200, "<Number> stands in a <Dial>")
     for verb in response.iter():
         if verb is response:
             continue
@@ -436,9 +544,11 @@ def parse(body):
             raise TwilioError(12200, f"this telephone doesn't know <{verb.tag}>")
         if unknown := set(verb.attrib) - VERBS[verb.tag]:
             raise TwilioError(12200, f"<{verb.tag}> has no {', '.join(sorted(unknown))}")
-        if len(verb) and (verb.tag != "Gather" or {child.tag for child in verb} - {"Say", "Pause"}):
+        if {child.tag for child in verb} - HOLDS.get(verb.tag, set()):
             raise TwilioError(12200, f"<{verb.tag}> can't hold that")
-        for number in ("timeout", "numDigits", "length", "loop"):
+        if verb.tag == "Dial":
+            check_dial(verb)
+        for number in ("timeout", "timeLimit", "numDigits", "length", "loop"):
             if not verb.get(number, "1").isdecimal():
                 raise TwilioError(12200, f"{number}={verb.get(number)!r}")
         if verb.get("method", "POST") not in ("GET", "POST"):
@@ -450,6 +560,22 @@ def parse(body):
         if verb.get("speechTimeout") == "auto" and verb.get("speechModel"):
             raise TwilioError(13335, "speechTimeout=auto with a speechModel")
     return response
+
+
+def check_dial(verb):
+    """TwilioError for a <Dial> that Twilio refuses, or that dials more than this telephone can."""
+    numbers = [verb.text or "", *(child.text or "" for child in verb)]
+    numbers = [number.strip() for number in numbers if number.strip()]
+    if len(numbers) != 1 or len(verb) > 1:
+        raise TwilioError(12200, f"this telephone dials one number, not {len(numbers)}")
+    if not re.fullmatch(r"\+[1-9][0-9]{6,14}", numbers[0]):
+        raise TwilioError(13223, f"{numbers[0]!r} is not a phone number")
+    timeout = verb.get("timeout", "30")
+    if not (timeout.isdecimal() and 5 <= int(timeout) <= 600):
+        raise TwilioError(13212, f"timeout={timeout!r}")
+    for name in ("answerOnBridge", "hangupOnStar"):
+        if verb.get(name, "false") not in ("true", "false"):
+            raise TwilioError(12200, f"{name}={verb.get(name)!r}")
 
 
 @contextlib.contextmanager

@@ -78,6 +78,16 @@ def twiml(verbs, status=200, **headers):
     ("<Response><Say>x</Say><Reject/></Response>", 12200),
     ('<Response><Gather speechTimeout="auto" speechModel="phone_call"/></Response>', 13335),
     ("<Response><Say>" + "x" * 70_000 + "</Say></Response>", 11750),
+    ("<Response><Number>+15557770000</Number></Response>", 12200),
+    ("<Response><Dial><Say>x</Say></Dial></Response>", 12200),
+    ('<Response><Dial numDigits="1">+15557770000</Dial></Response>', 12200),
+    ('<Response><Dial answerOnBridge="yes">+15557770000</Dial></Response>', 12200),
+    ('<Response><Dial><Number action="/x">+15557770000</Number></Dial></Response>', 12200),
+    ('<Response><Dial method="PUT">+15557770000</Dial></Response>', 12200),
+    ("<Response><Dial/></Response>", 12200),
+    ("<Response><Dial>my office</Dial></Response>", 13223),
+    ('<Response><Dial timeout="4">+15557770000</Dial></Response>', 13212),
+    ('<Response><Dial timeout="601">+15557770000</Dial></Response>', 13212),
 ])
 def test_what_twilio_would_refuse_ends_the_call_with_its_error(body, error):
     with Script({"/": (200, {}, body), "/talking": (500, {}, "")}) as (server, phone):
@@ -139,6 +149,65 @@ def test_keys_end_at_the_finishing_key_or_when_there_are_enough():
 def test_a_delivery_that_finds_nobody_is_tried_again_as_the_same():
     phone = Phone("http://127.0.0.1:9")
     assert "application error" in phone.call() and "11205" in phone.ended
+
+
+DIAL = """<Say>Wait.</Say>
+    <Dial callerId="+15550009999" timeout="20" answerOnBridge="true" action="/after?a=1">
+    <Number url="/whisper">+15557770000</Number></Dial><Say>This is never heard.</Say>"""
+WHISPER = """<Gather input="dtmf" numDigits="1" action="/key"><Say language="en-GB">For you!</Say>
+    </Gather><Hangup/>"""
+
+
+@pytest.mark.parametrize("does, status, bridged, asked", [
+    ("takes it", "completed", "true", ["/whisper", "/key"]),
+    ("presses nothing", "completed", "false", ["/whisper"]),
+    ("busy", "busy", "false", []), ("no answer", "no-answer", "false", []),
+    ("failed", "failed", "false", []),
+])
+def test_a_number_is_dialled_and_the_call_comes_back(does, status, bridged, asked):
+    answers = {"/": twiml(DIAL), "/whisper": twiml(WHISPER), "/key": twiml(""), "/after": twiml("<Say>Back.</Say>")}
+    with Script(answers) as (server, phone):
+        phone.token, phone.handed_over = "12345", does
+        assert phone.call() == "Wait. Back." and phone.warnings == []
+        assert phone.dialled[0]["Number"] == "+15557770000" and phone.dialled[0]["timeout"] == "20"
+        assert [path for _, path, _, _ in server.asked] == ["/", *asked, "/after?a=1"]
+        first, *second, last = (dict(urllib.parse.parse_qsl(form)) for _, _, form, _ in server.asked)
+        assert (last["CallSid"], last["DialCallStatus"]) == (phone.call_sid, status)
+        assert last["DialBridged"] == bridged
+        for leg in second:
+            assert (leg["From"], leg["To"]) == ("+15550009999", "+15557770000")
+            assert leg["ParentCallSid"] == phone.call_sid and leg["Direction"] == "outbound-dial"
+            assert leg["CallSid"] == last["DialCallSid"] != phone.call_sid
+        assert [leg.get("Digits") for leg in second[1:]] == ["1"] * len(second[1:])
+        assert all("X-Twilio-Signature" in headers for *_, headers in server.asked)
+        if asked:
+            assert phone.other_person.voices == [("For you!", None, "en-GB")]
+            assert phone.other_person.ended == ("connected" if bridged == "true" else "hangup")
+        else:
+            assert phone.other_person is None
+
+
+def test_without_a_url_even_a_voicemail_takes_the_call_and_without_an_action_it_goes_on_behind():
+    verbs = "<Dial>+15557770000</Dial><Say>Back.</Say>"
+    with Script({"/": twiml(verbs)}) as (_, phone):
+        phone.handed_over = "presses nothing"
+        assert phone.call() == "Back." and phone.other_person.ended == "connected"
+
+
+def test_a_strange_caller_id_is_warned_of_and_nobody_is_called():
+    verbs = DIAL.replace("+15550009999", "+15551112222")
+    with Script({"/": twiml(verbs), "/after": twiml("")}) as (server, phone):
+        phone.call()
+        assert phone.warnings[0].startswith("13214") and phone.other_person is None
+        assert "DialCallStatus=failed" in server.asked[-1][2]
+
+
+@pytest.mark.parametrize("answer", [(500, {}, ""), twiml("<Dial>+15557770000</Dial>")])
+def test_who_cannot_be_asked_is_not_connected(answer):
+    with Script({"/": twiml(DIAL), "/whisper": answer, "/after": twiml("")}) as (server, phone):
+        phone.call()
+        assert "DialBridged=false" in server.asked[-1][2]
+        assert phone.other_person.ended.startswith("Twilio error")
 
 
 BROKEN = (503, {}, "")
