@@ -15,6 +15,9 @@ Tests, all of which ``python -m pytest`` runs:
     test_trouble.py          Claude fails, in every way it can
     test_hard_to_kill.py     processes die, disks fill up, callers hang up
     test_who_may_call.py     only Twilio gets in, and only for those who may call
+    test_tools.py            what Claude can do: tools, also one's own, and a look into the web
+    test_languages.py        a call in more than one language
+    test_hand_over.py        a call is handed over to a person
     test_connect.py          ``flask connect`` and ``flask ring``
     test_readme.py           the README keeps its word
     test_unnoticed.py        what could break without anybody noticing

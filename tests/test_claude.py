@@ -1,5 +1,7 @@
 """The pretend Claude: it must be as strict as the API, or the other tests prove nothing."""
 
+import json
+
 import anthropic
 import pytest
 
@@ -226,6 +228,19 @@ def test_a_key_that_cannot_search_is_told_so(claude, ask):
     with pytest.raises(anthropic.BadRequestError, match="web_search"):
         ask(ASKED)
     claude.searches = True
+
+
+def test_a_translation_is_no_part_of_a_call(claude):
+    phrases, asked = json.dumps({"Goodbye!": "Goodbye!"}), len(claude.requests)
+    with anthropic.Anthropic(api_key=KEY, base_url=claude.url, max_retries=0) as client:
+        answer = client.messages.create(
+            model="claude-haiku-5-5",
+            max_tokens=2000,
+            system="Translate into de-DE.",
+            messages=[{"role": "user", "content": phrases}],
+        )
+    assert json.loads(answer.content[0].text) == {"Goodbye!": "de-DE: Goodbye!"}
+    assert len(claude.requests) == asked and claude.translations[-1].language == "de-DE"
 
 
 def test_a_round_after_a_round(claude, ask):

@@ -165,13 +165,15 @@ WHISPER = """<Gather input="dtmf" numDigits="1" action="/key"><Say language="en-
     ("failed", "failed", "false", []),
 ])
 def test_a_number_is_dialled_and_the_call_comes_back(does, status, bridged, asked):
-    answers = {"/": twiml(DIAL), "/whisper": twiml(WHISPER), "/key": twiml(""), "/after": twiml("<Say>Back.</Say>")}
+    answers = {"/": twiml(DIAL), "/whisper": twiml(WHISPER), "/key": twiml("")}
+    answers["/after"] = twiml("<Say>Back.</Say>")
     with Script(answers) as (server, phone):
         phone.token, phone.handed_over = "12345", does
         assert phone.call() == "Wait. Back." and phone.warnings == []
         assert phone.dialled[0]["Number"] == "+15557770000" and phone.dialled[0]["timeout"] == "20"
         assert [path for _, path, _, _ in server.asked] == ["/", *asked, "/after?a=1"]
-        first, *second, last = (dict(urllib.parse.parse_qsl(form)) for _, _, form, _ in server.asked)
+        forms = [dict(urllib.parse.parse_qsl(form)) for _, _, form, _ in server.asked]
+        _, *second, last = forms
         assert (last["CallSid"], last["DialCallStatus"]) == (phone.call_sid, status)
         assert last["DialBridged"] == bridged
         for leg in second:
