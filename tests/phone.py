@@ -1,10 +1,12 @@
-"""A telephone, with Twilio behind it: call the line from a terminal, or from a test.
+"""A telephone, with Twilio behind it: call the line from a terminal, a browser, or a test.
 
     python -m tests.phone                               starts the app as the Procfile does, and calls it
     python -m tests.phone https://my-line.example.com   calls a running one, signing with TWILIO_AUTH_TOKEN
+    python -m tests.phone --browser                     the telephone is a page in the browser (browser.py)
+    python -m tests.phone --pretend                     brings a pretend Claude along: no key, no network
 
-An app that the telephone starts gets this shell's TWILIO_AUTH_TOKEN, or a random one if the shell
-has none.
+An app that the telephone starts is the app.py of the folder in which the telephone is started. The
+app gets this shell's TWILIO_AUTH_TOKEN, or a random one if the shell has none.
 
 It does with the TwiML what Twilio does, and as strictly: it signs its requests, resolves relative URLs, follows
 <Redirect>, goes on behind a <Gather> in which nobody speaks, gives up after 15 seconds, asks the fallback URL, and ends
@@ -126,6 +128,7 @@ class Phone:
     Every verb of the caller returns what is heard until the line listens again, or the call has ended.
 
     Attributes that a test may look at, beside those that ``__init__`` explains:
+        language: in what the line speaks now, if its <Say> names a language.
         gather: the attributes of the <Gather> that listens now, or None.
         handed_over: what the other person does where the line dials a number: one of DIALLED.
         dialled: the attributes of every <Dial>, with the number that was dialled as "Number".
@@ -173,6 +176,7 @@ class Phone:
         self.warnings = []
         self.documents = []
         self.gather = None
+        self.language = None
         self.on_hearing = None
         self.handed_over, self.other_person = "takes it", None
         self.dialled = []
@@ -333,10 +337,10 @@ class Phone:
     def _say(self, verb, cut_in):
         text = (verb.text or "").strip()
         if not text:
-            self.warnings.append("13520: empty <Say>")
+            self.warned("13520: empty <Say>")
             return
         if len(quote_plus(text)) > 4500 or len(text) > 3000:
-            self.warnings.append(f"13521: <Say> of {len(text)} characters, {len(quote_plus(text))} encoded")
+            self.warned(f"13521: <Say> of {len(text)} characters, {len(quote_plus(text))} encoded")
         now = time.monotonic()
         if self._asked is not None:
             self.waits.append(now - self._asked)
@@ -344,6 +348,7 @@ class Phone:
         elif self._spoken_until is not None:
             self.gaps.append(max(0.0, now - self._spoken_until))
         self.voices.append((text, verb.get("voice"), verb.get("language")))
+        self.language = verb.get("language")
         self.spoken(text, cut_in)
         self._spoken_until = time.monotonic()
 
@@ -354,6 +359,13 @@ class Phone:
             self.on_hearing(text)
         if not cut_in:  # while something nested is said the caller may answer already
             self._pass_time(len(text.split()) / (self.speaking_rate or 1))
+
+    def warned(self, text):
+        """Twilio's debugger would show this. A subclass may show it."""
+        self.warnings.append(text)
+
+    def answered(self, method, url, params, seconds, response):
+        """One request got this response, or None. A subclass may show it."""
 
     def _pass_time(self, seconds):
         if self.speaking_rate:
@@ -368,9 +380,13 @@ class Phone:
         try:
             return self._document(url, method, dict(params), token)
         except TwilioError as error:
-            self.warnings.append(str(error))
+            self.warned(str(error))
             fallback = {"ErrorCode": str(error.code), "ErrorUrl": urldefrag(url).url}
-            return self._document(self._absolute("/talking"), "POST", fallback)
+            try:
+                return self._document(self._absolute("/talking"), "POST", fallback)
+            except TwilioError as second:
+                self.warned(f"{second} (the fallback)")
+                raise error from second  # what went wrong first is what has to be mended
 
     def _document(self, url, method, params, token=None):
         response = self._ask(url, method, params, token)
@@ -412,11 +428,11 @@ class Phone:
             retries = Retries.of(fragment)
         except ValueError:
             retries = Retries()
-            self.warnings.append(f"Twilio wouldn't understand this fragment: {fragment}")
+            self.warned(f"Twilio wouldn't understand this fragment: {fragment}")
         until = time.monotonic() + TIMEOUT
         for more in reversed(range(retries.count + 1)):
             began = time.monotonic()
-            failure = error = None
+            failure = error = response = None
             try:
                 response = self._send(url, method, params, delivery, retries, until)
             except NoConnection as trouble:
@@ -433,6 +449,7 @@ class Phone:
                     failure = f"{response.status // 100}xx"
                 if time.monotonic() > until:
                     error = TwilioError(11205, f"no answer from {url} within {TIMEOUT} s")
+            self.answered(method, url, params, time.monotonic() - began, response)
             if not (more and retries.are_for(failure) and time.monotonic() < until):
                 break
             time.sleep(0.1)
@@ -591,8 +608,8 @@ def no_interruption():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if interrupted:
-        raise KeyboardInterrupt
+    if interrupted and callable(before):
+        before(signal.SIGINT, None)
 
 
 class App:
@@ -707,19 +724,59 @@ class App:
         self.stop()
 
 
-# --- The telephone in the terminal ----------------------------------------------------------------------------------
+# --- What the app that was called says of itself --------------------------------------------------
+
+# A level, or the name of an exception: the line's own log says in INFO why Claude gave no reply.
+TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|\b[A-Z]\w+Error\b")
+
+
+class Troubles:
+    """The warnings and errors in the log of an app, and its tracebacks."""
+
+    def __init__(self, path):
+        self.path, self._position, self._in_traceback = path, 0, False
+
+    def news(self):
+        """The lines that have come since this was asked last."""
+        with open(self.path, "rb") as log:
+            log.seek(self._position)
+            new = log.read()
+        new = new[: new.rfind(b"\n") + 1]  # a line may be half written yet
+        self._position += len(new)
+        return [line for line in new.decode(errors="replace").splitlines() if self._tells(line)]
+
+    def _tells(self, line):
+        if line.startswith("Traceback "):
+            self._in_traceback = True
+        elif self._in_traceback and not line.startswith(" "):
+            self._in_traceback = False  # the last line of a traceback, which names the exception
+            return True
+        return self._in_traceback or bool(TROUBLE.search(line))
+
+
+# --- The telephone in the terminal ----------------------------------------------------------------
 
 HELP = """\
 You are the caller. Type what you say and press Enter; or
     just Enter     stay silent
-    /5             press a key: 0 to 9, * or #
+    /5             press a key: 0 to 9, * or #; /55 presses two, one after the other
     /bye           hang up (so does Ctrl-D; Ctrl-C ends everything at once)
+    /help          show this again
 While Claude talks you can cut in with Enter; what is said while the rest is still being written is heard to its end.
 """
+KEYS = "0123456789*#"
 
 
 class TerminalPhone(Phone):
-    """Shows what is heard at the pace of speech, and lets a typed line cut in where Twilio would."""
+    """Shows what is heard at the pace of speech, and lets a typed line cut in where Twilio would.
+
+    Args:
+        troubles: what the app says of itself, which is shown as well; None for an app elsewhere.
+    """
+
+    def __init__(self, *arguments, troubles=None, **more):
+        super().__init__(*arguments, **more)
+        self.troubles = troubles
 
     def spoken(self, text, cut_in):
         wait = self.waits[-1] if self.waits and not self.said_in_turn else None
@@ -730,72 +787,157 @@ class TerminalPhone(Phone):
         for word in text.split():
             print(word, end=" ", flush=True)
             if sys.stdin.isatty():
-                if cut_in and select.select([sys.stdin], [], [], 1 / SPEAKING_RATE)[0]:
+                if cut_in and typed_already():
                     print("-", end="", flush=True)
                     break
                 if not cut_in:
                     time.sleep(1 / SPEAKING_RATE)
 
+    def warned(self, text):
+        super().warned(text)
+        print(f"\n  [{text}]", flush=True)
+
+    def show_troubles(self):
+        for line in self.troubles.news() if self.troubles else ():
+            print(f"  [the app: {line}]", flush=True)
+
     def _turn(self, fetch, *what):
         self.said_in_turn = False
         heard = super()._turn(fetch, *what)
         print(flush=True)
+        self.show_troubles()
         return heard
+
+    def press_each(self, keys):
+        """Press keys one after the other, also where the line takes only one at a time."""
+        while keys and not self.ended:
+            if not self.listens_to("dtmf"):
+                print("  (the line doesn't listen to keys now)")
+                return
+            at_once = int(self.gather.get("numDigits", len(keys)))
+            self.press(keys[:at_once])
+            keys = keys[at_once:]
+
+
+def typed_already(seconds=1 / SPEAKING_RATE):
+    """Whether a line has been typed that nobody has read yet, or is typed within these seconds."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
 def converse(phone):
     """Let the person at the terminal talk, until one side hangs up."""
     phone.call()
     while not phone.ended:
+        # Who presses Enter while the line talks cuts in, and has not stayed silent yet.
+        cuts_in = sys.stdin.isatty() and typed_already(0)
         try:
             words = input("> ").strip()
         except EOFError:
             words = "/bye"
-        if words == "/bye":
+        command = words.split()[0] if words.startswith("/") else ""
+        if command == "/bye":
             break
-        if words.startswith("/") and len(words) == 2:
-            phone.press(words[1])
+        if command == "/help":
+            print(HELP)
+        elif command and command == words and not command[1:].strip(KEYS) and command[1:]:
+            phone.press_each(command[1:])
+        elif command:
+            print(f"  (there is no {words}: the keys are {' '.join(KEYS)}, and /help shows the rest)")
         elif words:
             phone.say(words)
-        else:
+        elif not cuts_in:
             print("  (you stay silent)")
             phone.stay_silent()
     phone.hang_up()
+    phone.show_troubles()
     print(f"\nThe call has ended: {phone.ended}.")
 
 
+# --- The program ----------------------------------------------------------------------------------
+
+
+def leave_once(number, _):
+    """Leave at the first signal, and go on leaving at the others: a second one would break that off."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(1)
+
+
+def settings_for_the_app(token, pretend):
+    """The environment for an app that is started here.
+
+    Args:
+        token: this shell's TWILIO_AUTH_TOKEN, or None.
+        pretend: the pretend Claude that is to answer, or None.
+    """
+    settings = dict(os.environ)
+    # A database of its own, whatever this shell has set for another one.
+    for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
+        settings.pop(elsewhere, None)
+    if not token:
+        settings.pop("TWILIO_AUTH_TOKEN", None)  # or an empty one would be used
+    if pretend:
+        from tests.claude import KEY
+
+        settings.pop("ANTHROPIC_AUTH_TOKEN", None)  # the SDK would send a token of one's own as well
+        settings.update(ANTHROPIC_API_KEY=KEY, ANTHROPIC_BASE_URL=pretend.url)
+    return settings
+
+
+def pretend_claude():
+    from tests.claude import Claude
+
+    return Claude()
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tests.phone", description="Call the line from this terminal.")
+    parser = argparse.ArgumentParser(prog="python -m tests.phone", description="Call the line.")
     parser.add_argument("url", nargs="?", help="the address of a running app; without it, one is started")
     parser.add_argument("--number", default="+15551230001", help="the number to call from (default: %(default)s)")
+    parser.add_argument("--browser", action="store_true", help="speak and hear in the browser, not in this terminal")
+    parser.add_argument("--pretend", action="store_true", help="bring a pretend Claude along: no key, no network")
     options = parser.parse_args()
     if options.url and urlsplit(options.url).scheme not in ("http", "https"):
         parser.error("the address must begin with http:// or https://")
+    if options.url and options.pretend:
+        parser.error("--pretend is for an app that is started here: leave the address out")
+    if not options.url and not pathlib.Path("app.py").exists():
+        print(
+            f"There is no app.py in this folder ({os.getcwd()}). Start the telephone in the folder of the app"
+            " that it is to call, or give it the address of a running one.",
+            file=sys.stderr,
+        )
+        return 1
     token = os.environ.get("TWILIO_AUTH_TOKEN") or None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(1))  # so that the app is ended on these ways out too
-    print(HELP)
-    phone = None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave_once)  # so that the app is ended on all ways out
+    if not options.browser:
+        print(HELP)
+    url, troubles, phone = options.url, None, None
     with contextlib.ExitStack() as stack:
         try:
-            url = options.url
             if not url:
                 print("Starting the app ...", flush=True)
-                # A database of its own, whatever this shell has set for another one.
-                settings = dict(os.environ)
-                for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
-                    settings.pop(elsewhere, None)
-                if not token:
-                    settings.pop("TWILIO_AUTH_TOKEN", None)  # or an empty one would be used
-                app = App(settings, folder=os.getcwd())
-                stack.push(app)  # before the start, which can be interrupted too
+                claude = stack.enter_context(pretend_claude()) if options.pretend else None
+                with no_interruption():
+                    app = App(settings_for_the_app(token, claude), folder=os.getcwd())
+                    stack.push(app)  # before the start, which can be interrupted too
+                # Runs first of all on the way out: nothing may interrupt the end of the app.
+                stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)
                 url, token = app.start().url, app.token
-            phone = TerminalPhone(url, token, number=options.number)
+                troubles = Troubles(app.log_path)
+            if options.browser:
+                from tests.browser import serve
+
+                serve(url, token, number=options.number, troubles=troubles)
+                return 0
+            phone = TerminalPhone(url, token, number=options.number, troubles=troubles)
             print(f"Calling {url}\n")
+            phone.show_troubles()
             converse(phone)
         except KeyboardInterrupt:
-            # A second Ctrl-C would leave the app running.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             print("\nHung up.")
             if phone:
                 phone.hang_up()
@@ -806,4 +948,6 @@ def main():
 
 
 if __name__ == "__main__":
+    from tests.phone import main  # browser.py imports this module by its name: there is to be one of it
+
     sys.exit(main())
