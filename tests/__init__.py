@@ -3,6 +3,7 @@
 Programs, each of which also runs on its own:
 
     python -m tests.phone    a telephone, with a pretend Twilio behind it: calls the line
+                             (with --browser it is a page: browser.py, .html, .css and .js)
     python -m tests.claude   a pretend Claude: answers the line as Anthropic's API does
     python -m tests.bench    measures how long callers wait, and what a turn costs
 
@@ -24,4 +25,5 @@ Tests, all of which ``python -m pytest`` runs:
     test_owner.py            what the owner reads at the start, and in the log
     test_phone.py            the telephone is as strict as Twilio
     test_claude.py           the pretend Claude is as strict as Anthropic's API
+    test_browser.py          the telephone in the browser
 """

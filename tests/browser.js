@@ -5,6 +5,7 @@ const WORDS_A_SECOND = 2.7; // the pace of speech, as in phone.py
 const CHARACTERS_A_SECOND = 4.5; // the same where words aren't separated, as in Chinese
 const LONGEST_BAR = 5; // seconds: who waits longer hangs up
 const LANGUAGE = "en-US"; // Twilio's own, where the line names none
+const BY_THE_CALLER = "hung up by the caller"; // as phone.py says it
 const Recognition = window.SpeechRecognition || window.webkitSpeechRecognition;
 
 const element = (name) => document.getElementById(name);
@@ -97,7 +98,7 @@ function notHeard() {
 }
 
 function hangUp() {
-  voice.cutOff();
+  voice.cutOff("you hung up");
   post("hang_up");
 }
 
@@ -136,11 +137,12 @@ function ended(how) {
   const wasOn = element("call").disabled;
   call = null;
   stopListening();
-  if (how === "hung up by the caller") voice.cutOff();
+  if (how === BY_THE_CALLER) voice.cutOff("you hung up");
   for (const button of ["hang-up", "words", "say", "silence"]) element(button).disabled = true;
   for (const key of element("keys").children) key.disabled = true;
   element("call").disabled = false;
-  const why = how === "hangup" ? "The line has hung up." : `The call has ended: ${how}.`;
+  const endings = { hangup: "The line has hung up.", [BY_THE_CALLER]: "You have hung up." };
+  const why = endings[how] || `The call has ended: ${how}.`;
   state(why);
   addToTalk("aside", why);
   newTurn("The call has ended", how.startsWith("Twilio error") ? how : "");
@@ -148,6 +150,8 @@ function ended(how) {
 }
 
 // --- What is heard --------------------------------------------------------------------------------
+
+const voiceless = new Set(); // the languages of which the person has been told so
 
 /** The line's voice. It speaks one sentence after the other. */
 const voice = {
@@ -183,6 +187,10 @@ const voice = {
     const language = sentence.language || LANGUAGE;
     const speaker = voiceOn && voiceFor(language);
     sentence.aloud = Boolean(speaker);
+    if (voiceOn && !speaker && !voiceless.has(language)) {
+      voiceless.add(language);
+      notice(`This browser has no voice for ${language}: you only see what is said.`);
+    }
     if (!speaker) {
       sentence.timer = setTimeout(done, secondsFor(sentence.text) * 1000);
       return;
@@ -198,13 +206,14 @@ const voice = {
   },
 
   /** Say no more of what was to be said. */
-  cutOff() {
+  cutOff(why = "you cut in") {
     const sentence = this.now;
     this.queue = [];
     this.now = null;
     if (!sentence) return;
     clearTimeout(sentence.timer);
     sentence.item.classList.replace("speaking", "cut");
+    sentence.item.append(make("span", "aside", ` (${why})`));
     if (sentence.aloud) speechSynthesis.cancel();
   },
 };
@@ -235,7 +244,8 @@ function whenQuiet() {
   state("The line is listening.");
   stopSilence();
   // Who types is given all the time in the world, and has a button for silence.
-  if (microphoneOn && !element("words").value && !keysPressed) {
+  const couldSpeak = microphoneOn && (muted || microphoneAllowed || !listening.speech);
+  if (couldSpeak && !element("words").value && !keysPressed) {
     silenceTimer = setTimeout(() => act("silence", {}, "You stay silent"), listening.timeout * 1000);
   }
 }
@@ -247,6 +257,7 @@ function stopSilence() {
 // --- What is said ---------------------------------------------------------------------------------
 
 let recogniser = null;
+let microphoneAllowed = false; // the browser may ask the person first, and that takes its time
 
 function listen() {
   if (recogniser || !microphoneOn || muted || !listening || !listening.speech) return;
@@ -254,6 +265,11 @@ function listen() {
   mine.words = "";
   mine.lang = listening.language || LANGUAGE;
   mine.interimResults = true;
+  mine.onstart = () => {
+    if (microphoneAllowed) return;
+    microphoneAllowed = true;
+    whenQuiet();
+  };
   mine.onresult = (event) => {
     if (recogniser !== mine) return;
     const results = [...event.results];
@@ -282,7 +298,9 @@ function listen() {
     if (recogniser !== mine) return;
     recogniser = null;
     if (mine.words) say(mine.words); // it ended without calling any of its results final
-    else listen(); // browsers stop after some seconds without speech; Twilio's silence is counted here
+    // Browsers stop after some seconds without speech, where Twilio listens on. The fifth of a second
+    // is for those that stop at once, again and again.
+    else setTimeout(listen, 200);
   };
   mine.start();
 }

@@ -323,7 +323,8 @@ class Page(http.server.BaseHTTPRequestHandler):
         self._begin(200, "text/event-stream; charset=utf-8")
         over = False
         while not over:
-            events, over = phone.events.after(seen, 10)  # seconds: then a comment shows whether the page is there
+            # A second: then it is time to look into the app's log, and whether the page is still there.
+            events, over = phone.events.after(seen, 1)
             for event in events:
                 seen += 1
                 self.wfile.write(f"id: {seen}\ndata: {json.dumps(event)}\n\n".encode())

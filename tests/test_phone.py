@@ -3,9 +3,12 @@
 import contextlib
 import http.server
 import os
+import pathlib
+import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -324,10 +327,22 @@ def test_after_fifteen_seconds_twilio_asks_the_fallback(stage):
 
 def telephone(*arguments, settings=None, **more):
     """The telephone in a terminal, as a process, in a fresh machine's environment with settings."""
-    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **(settings or {})}
+    basics = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.phone", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **more)
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    more = {"cwd": ROOT, "env": {**basics, **(settings or {})}, "text": True, **streams, **more}
+    return subprocess.Popen(command, **more)
+
+
+@contextlib.contextmanager
+def folder(app):
+    """A learner's folder with this app.py, and beside it one for what the telephone keeps meanwhile."""
+    with tempfile.TemporaryDirectory() as name:
+        here, scratch = pathlib.Path(name, "line"), pathlib.Path(name, "scratch")
+        here.mkdir()
+        scratch.mkdir()
+        (here / "app.py").write_text(app)
+        yield here, scratch
 
 
 @meanwhile
@@ -354,17 +369,168 @@ def is_running(pid):
 
 
 @meanwhile
-def test_ctrl_c_leaves_nothing_running(stage):
+def test_ctrl_c_leaves_nothing_behind(stage):
     for moment in ("Starting", "Calling"):
-        process = telephone(start_new_session=True)
-        while moment not in process.stdout.readline():
-            assert process.poll() is None
-        running = wait_until(lambda: descendants(process.pid))
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert "Traceback" not in err
-        for pid in running:
-            wait_until(lambda pid=pid: not is_running(pid))
+        with tempfile.TemporaryDirectory() as scratch:
+            process = telephone(start_new_session=True, settings={"TMPDIR": scratch})
+            while moment not in process.stdout.readline():
+                assert process.poll() is None
+            running = wait_until(lambda: descendants(process.pid))
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+            assert err == "" and process.returncode == 0
+            for pid in running:
+                wait_until(lambda pid=pid: not is_running(pid))
+            assert os.listdir(scratch) == []
+
+
+# Takes its time over the end of a call, and says when that begins.
+SLOW_TO_END = """
+import pathlib, time
+import flask
+app = flask.Flask(__name__)
+
+@app.route("/", methods=["GET", "POST"])
+def call_comes_in():
+    return '<Response><Gather input="speech"/></Response>', {"Content-Type": "text/xml"}
+
+@app.post("/status_callback")
+def status_callback():
+    pathlib.Path("asked").touch()
+    time.sleep(1.5)
+    return "", 204
+"""
+
+
+@meanwhile
+def test_a_second_ctrl_c_leaves_nothing_behind_either(stage):
+    for first in (signal.SIGINT, "/bye\n"):
+        with folder(SLOW_TO_END) as (here, scratch):
+            process = telephone(start_new_session=True, settings={"TMPDIR": str(scratch)}, cwd=here)
+            while "Calling" not in process.stdout.readline():
+                assert process.poll() is None, process.stderr.read()
+            running = wait_until(lambda: descendants(process.pid))
+            if first == signal.SIGINT:
+                process.send_signal(first)
+            else:
+                process.stdin.write(first)
+                process.stdin.flush()
+            wait_until((here / "asked").exists)
+            for _ in range(3):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.1)
+            _, err = process.communicate(timeout=60)
+            assert err == "" and process.returncode == 0
+            assert not any(map(is_running, running)) and os.listdir(scratch) == []
+
+
+@meanwhile
+def test_what_the_app_complains_of_is_on_the_screen(stage):
+    wrong = {"ANTHROPIC_API_KEY": "sk-ant-mistyped", "ANTHROPIC_BASE_URL": stage.claude.url}
+    process = telephone(settings=wrong)
+    out, _ = process.communicate("Hello there.\n/bye\n", timeout=120)
+    assert "AuthenticationError 401" in out and "Booting worker" not in out
+    process = telephone()
+    out, _ = process.communicate("/bye\n", timeout=120)
+    assert "[the app: WARNING ANTHROPIC_API_KEY is not set" in out
+    with folder(SLOW_TO_END.replace("    return '<", "    1 / 0\n    return '<")) as (here, _):
+        process = telephone(cwd=here)
+        out, _ = process.communicate("", timeout=120)
+        assert "[the app: Traceback (most recent call last):]" in out and "[the app: ZeroDivisionError: " in out
+        assert ", in call_comes_in]" in out and process.returncode == 1
+
+
+@meanwhile
+def test_the_error_that_is_named_is_the_first_one(stage):
+    with Script({"/": (500, {}, ""), "/talking": (404, {}, "")}) as (server, phone):
+        process = telephone(phone.url)
+        out, _ = process.communicate("", timeout=60)
+        ending = f"The call has ended: Twilio error 11200: HTTP 500 from {phone.url}/."
+        assert ending in out and "HTTP 404" in out and process.returncode == 1
+
+
+@meanwhile
+def test_without_an_app_in_the_folder_none_is_started(stage):
+    with tempfile.TemporaryDirectory() as empty:
+        process = telephone(cwd=empty)
+        out, err = process.communicate("", timeout=60)
+        assert f"There is no app.py in this folder ({os.path.realpath(empty)})" in err
+        assert out == "" and process.returncode == 1
+
+
+@meanwhile
+def test_commands_are_never_spoken(stage):
+    answers = {"/": twiml('<Gather input="speech dtmf" numDigits="1" action="/next"/>'), "/status_callback": (204, {}, "")}
+    answers["/next"] = answers["/"]
+    with Script(answers) as (server, phone):
+        process = telephone(phone.url)
+        typed = "/help\n/x\n/\n/5x\n/help me\n/5 5\n/55\n/bye now\nHello?\n"
+        out, err = process.communicate(typed, timeout=60)
+        forms = [dict(urllib.parse.parse_qsl(body)) for _, path, body, _ in server.asked if path == "/next"]
+        assert [form.get("Digits") for form in forms] == ["5", "5"]
+        assert not any("SpeechResult" in form for form in forms)
+        assert out.count("/bye           hang up") == 3, "at the start, and twice for /help"
+        assert out.count("the keys are 0 1 2 3 4 5 6 7 8 9 * #") == 4
+        assert "there is no /x" in out and (process.returncode, err) == (0, "")
+        answers["/"] = answers["/next"] = twiml('<Gather input="dtmf" action="/next"/>')
+        out, _ = telephone(phone.url).communicate("/4711\n/bye\n", timeout=60)
+        (form,) = [dict(urllib.parse.parse_qsl(body)) for _, path, body, _ in server.asked if path == "/next"][2:]
+        assert form["Digits"] == "4711", "a line that takes several gets them together"
+
+
+class Terminal:
+    """The telephone in a real terminal, where one can cut in."""
+
+    def __init__(self, *arguments):
+        self.end, other_end = pty.openpty()
+        self.shown = ""
+        self.process = telephone(*arguments, stdin=other_end, stdout=other_end, stderr=other_end)
+        os.close(other_end)
+
+    def shows(self, text, times=1):
+        while self.shown.count(text) < times:
+            self.shown += os.read(self.end, 4096).decode()
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.end)
+
+
+@meanwhile
+def test_enter_cuts_in_and_is_not_silence_at_once(stage):
+    many = " ".join(f"word{number}" for number in range(200))
+    answers = {"/": twiml(f'<Gather input="speech" action="/next"><Say>{many}</Say></Gather><Say>Silent?</Say>'),
+               "/next": twiml("<Say>Bye.</Say>"), "/status_callback": (204, {}, "")}
+    with Script(answers) as (server, phone), Terminal(phone.url) as terminal:
+        terminal.shows("word1 ")
+        terminal.type("\n")
+        terminal.shows("-")
+        terminal.shows("> ", 2)  # the first prompt got the Enter
+        terminal.type("Now listen.\n")
+        terminal.shows("The call has ended: hangup.")
+        assert "word199" not in terminal.shown and "silent" not in terminal.shown.rpartition("word1 ")[2]
+        assert [path for _, path, _, _ in server.asked] == ["/", "/next", "/status_callback"]
+        assert "SpeechResult=Now+listen." in server.asked[1][2]
+
+
+@meanwhile
+def test_a_pretend_claude_needs_no_key_and_no_network(stage):
+    elsewhere = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9", "ANTHROPIC_API_KEY": "sk-ant-real"}
+    for settings in ({}, elsewhere):
+        process = telephone("--pretend", settings=settings)
+        out, err = process.communicate("Hello there.\n/bye\n", timeout=120)
+        assert "no key for Claude" not in out and "something went wrong" not in out
+        assert "the app:" not in out and "Hello there." in out and (process.returncode, err) == (0, "")
+    process = telephone("--pretend", "http://127.0.0.1:9")
+    _, err = process.communicate("", timeout=60)
+    assert "leave the address out" in err and process.returncode == 2
 
 
 @meanwhile
