@@ -1,4 +1,5 @@
-// The caller's side of the telephone in the browser: browser.py has Twilio's side, and tells how the two talk.
+// The caller's side of the telephone in the browser. browser.py has Twilio's side, and tells how
+// the two talk.
 "use strict";
 
 const WORDS_A_SECOND = 2.7; // the pace of speech, as in phone.py
@@ -18,7 +19,7 @@ let keysTimer, silenceTimer;
 let silent = false; // the caller has said to stay silent, and the line still speaks
 let microphoneOn = false, muted = false, voiceOn = true;
 
-// --- What the caller does -------------------------------------------------------------------------
+// --- What the caller does ------------------------------------------------------------------------
 
 async function post(what, fields = {}) {
   try {
@@ -63,7 +64,8 @@ async function act(what, fields, title, said) {
   else addToTalk("aside", title);
   newTurn(title);
   state("Twilio asks the line ...");
-  if (!(await post(what, { turn, ...fields }))) notice("That came too late: the line was no longer listening.");
+  const done = await post(what, { turn, ...fields });
+  if (!done) notice("That came too late: the line was no longer listening.");
 }
 
 function say(words) {
@@ -102,7 +104,7 @@ function hangUp() {
   post("hang_up");
 }
 
-// --- What happens in the call ---------------------------------------------------------------------
+// --- What happens in the call --------------------------------------------------------------------
 
 function happened(event) {
   switch (event.kind) {
@@ -149,7 +151,7 @@ function ended(how) {
   if (wasOn) element("call").focus();
 }
 
-// --- What is heard --------------------------------------------------------------------------------
+// --- What is heard -------------------------------------------------------------------------------
 
 const voiceless = new Set(); // the languages of which the person has been told so
 
@@ -200,7 +202,7 @@ const voice = {
     utterance.voice = speaker;
     utterance.onend = utterance.onerror = done;
     sentence.utterance = utterance; // Chromium forgets to report the end of one that nobody holds
-    // Some voices never report their end; the slowest ones take less than three times the usual pace.
+    // Some voices never report their end; the slowest take less than three times the usual pace.
     sentence.timer = setTimeout(done, secondsFor(sentence.text) * 3000 + 3000);
     speechSynthesis.speak(utterance);
   },
@@ -229,8 +231,9 @@ function voiceFor(language) {
 }
 
 function secondsFor(text) {
-  const characters = (text.match(/[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]/gu) || []).length;
-  return Math.max(text.split(/\s+/).length / WORDS_A_SECOND, characters / CHARACTERS_A_SECOND);
+  const words = text.split(/\s+/);
+  const characters = text.match(/[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]/gu) || [];
+  return Math.max(words.length / WORDS_A_SECOND, characters.length / CHARACTERS_A_SECOND);
 }
 
 /** Once nothing is spoken any more Twilio begins to wait for the caller. */
@@ -246,7 +249,8 @@ function whenQuiet() {
   // Who types is given all the time in the world, and has a button for silence.
   const couldSpeak = microphoneOn && (muted || microphoneAllowed || !listening.speech);
   if (couldSpeak && !element("words").value && !keysPressed) {
-    silenceTimer = setTimeout(() => act("silence", {}, "You stay silent"), listening.timeout * 1000);
+    const silence = () => act("silence", {}, "You stay silent");
+    silenceTimer = setTimeout(silence, listening.timeout * 1000);
   }
 }
 
@@ -254,7 +258,7 @@ function stopSilence() {
   clearTimeout(silenceTimer);
 }
 
-// --- What is said ---------------------------------------------------------------------------------
+// --- What is said --------------------------------------------------------------------------------
 
 let recogniser = null;
 let microphoneAllowed = false; // the browser may ask the person first, and that takes its time
@@ -292,14 +296,15 @@ function listen() {
       "language-not-supported": `the browser's recogniser doesn't know ${mine.lang}`,
     };
     setMicrophone(false);
+    element("words").focus();
     notice(`Your voice can't be recognised: ${why[event.error] || event.error}. Please type.`);
   };
   mine.onend = () => {
     if (recogniser !== mine) return;
     recogniser = null;
     if (mine.words) say(mine.words); // it ended without calling any of its results final
-    // Browsers stop after some seconds without speech, where Twilio listens on. The fifth of a second
-    // is for those that stop at once, again and again.
+    // Browsers stop after some seconds without speech, where Twilio listens on. The fifth of a
+    // second is for those that stop at once, again and again.
     else setTimeout(listen, 200);
   };
   mine.start();
@@ -357,7 +362,7 @@ function setVoice(on) {
   element("voice").setAttribute("aria-pressed", on);
 }
 
-// --- What is shown --------------------------------------------------------------------------------
+// --- What is shown -------------------------------------------------------------------------------
 
 function state(text) {
   element("state").textContent = text;
@@ -418,15 +423,18 @@ function showRequest({ method, path, params, status, milliseconds, body }) {
   request.open = true;
   const summary = make("summary", "", `${method} ${path} `);
   const well = status !== null && status < 400;
-  summary.append(make("span", well ? "status" : "status failed", status ?? "no answer"), ` ${milliseconds} ms`);
+  const shown = make("span", well ? "status" : "status failed", status ?? "no answer");
+  summary.append(shown, ` ${milliseconds} ms`);
   const list = make("dl", "params");
-  for (const [name, value] of Object.entries(params)) list.append(make("dt", "", name), make("dd", "", value));
+  for (const [name, value] of Object.entries(params)) {
+    list.append(make("dt", "", name), make("dd", "", value));
+  }
   request.append(summary, list);
   if (body) request.append(make("pre", "", body));
   element("turns").scrollTop = element("turns").scrollHeight;
 }
 
-// --- The page -------------------------------------------------------------------------------------
+// --- The page ------------------------------------------------------------------------------------
 
 element("call").onclick = dial;
 element("hang-up").onclick = hangUp;
@@ -451,5 +459,5 @@ if (Recognition) setMicrophone(true);
 else {
   element("microphone").disabled = true;
   setMicrophone(false);
-  notice("This browser has no recogniser of speech, so you type. (Chrome, Edge and Safari have one.)");
+  notice("This browser can't recognise speech, so you type. Chrome, Edge and Safari can.");
 }

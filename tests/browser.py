@@ -38,8 +38,8 @@ FILES = {
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Referrer-Policy": "same-origin",  # nobody else is to learn the secret
     "X-Content-Type-Options": "nosniff",
@@ -48,7 +48,7 @@ LARGEST_POST = 64 * 1024
 
 
 class Events:
-    """What happens in one call, in order. It is kept, so that a page that lost its connection misses nothing."""
+    """What happens in one call, in order. All of it is kept: a page may lose its connection."""
 
     def __init__(self):
         self._events, self._news, self._over = [], threading.Condition(), False
@@ -60,7 +60,7 @@ class Events:
             self._news.notify_all()
 
     def after(self, number, seconds):
-        """The events behind this number, waiting so long for one; and whether there won't be more."""
+        """The events behind this number, waiting so long for one; and whether these are all."""
         with self._news:
             self._news.wait_for(lambda: len(self._events) > number or self._over, seconds)
             return self._events[number:], self._over
@@ -82,7 +82,7 @@ class BrowserPhone(Phone):
     # What the page asks for
 
     def do(self, turn, what, *arguments):
-        """Begin to do what the caller does. Without a line that listens in this turn, returns False.
+        """Begin to do what the caller does. Returns False if the line doesn't listen in this turn.
 
         Args:
             turn: in which turn the caller does it; another one is over, or hasn't begun.
@@ -102,7 +102,7 @@ class BrowserPhone(Phone):
             self._changed.notify_all()
 
     def said_so_far(self, turn, words):
-        """The caller is still speaking: Twilio reports that where <Gather> has a partialResultCallback."""
+        """The caller is still speaking. Twilio reports that if there is a partialResultCallback."""
         gather = self.gather
         if turn != self.turn or not gather or "partialResultCallback" not in gather:
             return
@@ -126,13 +126,16 @@ class BrowserPhone(Phone):
         self.said.append((text, time.monotonic(), cut_in))
         wait = self.waits[-1] if len(self.waits) > self._waits_shown else None
         self._waits_shown = len(self.waits)
-        self.events.add("say", number=number, text=text, cutIn=cut_in, wait=wait, language=self.language)
+        how = {"cutIn": cut_in, "wait": wait, "language": self.language}
+        self.events.add("say", number=number, text=text, **how)
         if not cut_in:
             # The page says when it is done. If it has gone Twilio's side goes on without it, after
             # longer than the slowest voice takes (Chinese is about 4 characters a second).
             patience = 10 + len(text) / 2
             with self._changed:
-                self._changed.wait_for(lambda: self.ended or number in self._said_to_the_end, patience)
+                self._changed.wait_for(
+                    lambda: self.ended or number in self._said_to_the_end, patience
+                )
 
     def warned(self, text):
         super().warned(text)
@@ -183,7 +186,7 @@ class BrowserPhone(Phone):
         }
 
     def _finish(self):
-        """Tell the page and the app, once, that the call has ended; and the page that this was all."""
+        """Tell the app and the page, once, that the call has ended; and the page that this is all."""
         with self._changed:
             first, self._hung_up = not self._hung_up, True
         if first:
@@ -279,7 +282,8 @@ class Page(http.server.BaseHTTPRequestHandler):
             return
         try:
             length = int(self.headers.get("Content-Length", ""))
-            if not 0 <= length <= LARGEST_POST or self.headers.get_content_type() != "application/json":
+            is_json = self.headers.get_content_type() == "application/json"
+            if not 0 <= length <= LARGEST_POST or not is_json:
                 raise ValueError
             asked = json.loads(self.rfile.read(length))
             answer = self._done(path, asked)
@@ -323,7 +327,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         self._begin(200, "text/event-stream; charset=utf-8")
         over = False
         while not over:
-            # A second: then it is time to look into the app's log, and whether the page is still there.
+            # A second: then it is time to look into the app's log, and whether the page is there.
             events, over = phone.events.after(seen, 1)
             for event in events:
                 seen += 1
@@ -380,4 +384,5 @@ def serve(url, token, *, number, troubles=None):
 
 def has_a_screen():
     """Elsewhere a browser for text would take over this terminal."""
-    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
+    named = map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    return sys.platform in ("darwin", "win32") or any(named)

@@ -2,8 +2,8 @@
 
     python -m tests.phone                               starts the app as the Procfile does, and calls it
     python -m tests.phone https://my-line.example.com   calls a running one, signing with TWILIO_AUTH_TOKEN
-    python -m tests.phone --browser                     the telephone is a page in the browser (browser.py)
-    python -m tests.phone --pretend                     brings a pretend Claude along: no key, no network
+    python -m tests.phone --browser                     is a page in the browser (browser.py)
+    python -m tests.phone --pretend                     brings a pretend Claude along: no key needed
 
 An app that the telephone starts is the app.py of the folder in which the telephone is started. The
 app gets this shell's TWILIO_AUTH_TOKEN, or a random one if the shell has none.
@@ -735,15 +735,18 @@ class Troubles:
 
     def __init__(self, path):
         self.path, self._position, self._in_traceback = path, 0, False
+        self._one_at_a_time = threading.Lock()
 
     def news(self):
         """The lines that have come since this was asked last."""
-        with open(self.path, "rb") as log:
-            log.seek(self._position)
-            new = log.read()
-        new = new[: new.rfind(b"\n") + 1]  # a line may be half written yet
-        self._position += len(new)
-        return [line for line in new.decode(errors="replace").splitlines() if self._tells(line)]
+        with self._one_at_a_time:
+            with open(self.path, "rb") as log:
+                log.seek(self._position)
+                new = log.read()
+            new = new[: new.rfind(b"\n") + 1]  # a line may be half written yet
+            self._position += len(new)
+            lines = new.decode(errors="replace").splitlines()
+            return [line for line in lines if self._tells(line)]
 
     def _tells(self, line):
         if line.startswith("Traceback "):
@@ -842,7 +845,8 @@ def converse(phone):
         elif command and command == words and not command[1:].strip(KEYS) and command[1:]:
             phone.press_each(command[1:])
         elif command:
-            print(f"  (there is no {words}: the keys are {' '.join(KEYS)}, and /help shows the rest)")
+            keys = " ".join(KEYS)
+            print(f"  (there is no {words}: the keys are {keys}, and /help shows the rest)")
         elif words:
             phone.say(words)
         elif not cuts_in:
@@ -857,7 +861,7 @@ def converse(phone):
 
 
 def leave_once(number, _):
-    """Leave at the first signal, and go on leaving at the others: a second one would break that off."""
+    """Leave at the first signal. Those that follow are ignored: they would break that off."""
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)
     if number == signal.SIGINT:
@@ -881,7 +885,7 @@ def settings_for_the_app(token, pretend):
     if pretend:
         from tests.claude import KEY
 
-        settings.pop("ANTHROPIC_AUTH_TOKEN", None)  # the SDK would send a token of one's own as well
+        settings.pop("ANTHROPIC_AUTH_TOKEN", None)  # the SDK would send this shell's as well
         settings.update(ANTHROPIC_API_KEY=KEY, ANTHROPIC_BASE_URL=pretend.url)
     return settings
 
@@ -896,8 +900,10 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.phone", description="Call the line.")
     parser.add_argument("url", nargs="?", help="the address of a running app; without it, one is started")
     parser.add_argument("--number", default="+15551230001", help="the number to call from (default: %(default)s)")
-    parser.add_argument("--browser", action="store_true", help="speak and hear in the browser, not in this terminal")
-    parser.add_argument("--pretend", action="store_true", help="bring a pretend Claude along: no key, no network")
+    to_speak = "speak and hear in the browser, not in this terminal"
+    parser.add_argument("--browser", action="store_true", help=to_speak)
+    to_pretend = "bring a pretend Claude along: no key, no network"
+    parser.add_argument("--pretend", action="store_true", help=to_pretend)
     options = parser.parse_args()
     if options.url and urlsplit(options.url).scheme not in ("http", "https"):
         parser.error("the address must begin with http:// or https://")
@@ -905,8 +911,8 @@ def main():
         parser.error("--pretend is for an app that is started here: leave the address out")
     if not options.url and not pathlib.Path("app.py").exists():
         print(
-            f"There is no app.py in this folder ({os.getcwd()}). Start the telephone in the folder of the app"
-            " that it is to call, or give it the address of a running one.",
+            f"There is no app.py in this folder ({os.getcwd()}). Start the telephone in the folder"
+            " of the app that it is to call, or give it the address of a running one.",
             file=sys.stderr,
         )
         return 1
@@ -948,6 +954,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from tests.phone import main  # browser.py imports this module by its name: there is to be one of it
+    from tests.phone import main  # browser.py imports this module by its name: one is enough
 
     sys.exit(main())

@@ -327,7 +327,8 @@ def test_after_fifteen_seconds_twilio_asks_the_fallback(stage):
 
 def telephone(*arguments, settings=None, **more):
     """The telephone in a terminal, as a process, in a fresh machine's environment with settings."""
-    basics = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHONPATH": str(ROOT)}
+    basics = {name: os.environ.get(name, "/") for name in ("PATH", "HOME")}
+    basics["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "tests.phone", *arguments]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     more = {"cwd": ROOT, "env": {**basics, **(settings or {})}, "text": True, **streams, **more}
@@ -336,7 +337,7 @@ def telephone(*arguments, settings=None, **more):
 
 @contextlib.contextmanager
 def folder(app):
-    """A learner's folder with this app.py, and beside it one for what the telephone keeps meanwhile."""
+    """A learner's folder with this app.py, and one for what the telephone keeps meanwhile."""
     with tempfile.TemporaryDirectory() as name:
         here, scratch = pathlib.Path(name, "line"), pathlib.Path(name, "scratch")
         here.mkdir()
@@ -436,7 +437,8 @@ def test_what_the_app_complains_of_is_on_the_screen(stage):
     with folder(SLOW_TO_END.replace("    return '<", "    1 / 0\n    return '<")) as (here, _):
         process = telephone(cwd=here)
         out, _ = process.communicate("", timeout=120)
-        assert "[the app: Traceback (most recent call last):]" in out and "[the app: ZeroDivisionError: " in out
+        assert "[the app: Traceback (most recent call last):]" in out
+        assert "[the app: ZeroDivisionError: division by zero]" in out
         assert ", in call_comes_in]" in out and process.returncode == 1
 
 
@@ -460,22 +462,25 @@ def test_without_an_app_in_the_folder_none_is_started(stage):
 
 @meanwhile
 def test_commands_are_never_spoken(stage):
-    answers = {"/": twiml('<Gather input="speech dtmf" numDigits="1" action="/next"/>'), "/status_callback": (204, {}, "")}
-    answers["/next"] = answers["/"]
+    listens = twiml('<Gather input="speech dtmf" numDigits="1" action="/next"/>')
+    answers = {"/": listens, "/next": listens, "/status_callback": (204, {}, "")}
+
+    def turns():
+        forms = [body for _, path, body, _ in server.asked if path == "/next"]
+        return [dict(urllib.parse.parse_qsl(form)) for form in forms]
+
     with Script(answers) as (server, phone):
         process = telephone(phone.url)
         typed = "/help\n/x\n/\n/5x\n/help me\n/5 5\n/55\n/bye now\nHello?\n"
         out, err = process.communicate(typed, timeout=60)
-        forms = [dict(urllib.parse.parse_qsl(body)) for _, path, body, _ in server.asked if path == "/next"]
-        assert [form.get("Digits") for form in forms] == ["5", "5"]
-        assert not any("SpeechResult" in form for form in forms)
+        assert [turn.get("Digits") for turn in turns()] == ["5", "5"]
+        assert not any("SpeechResult" in turn for turn in turns())
         assert out.count("/bye           hang up") == 3, "at the start, and twice for /help"
         assert out.count("the keys are 0 1 2 3 4 5 6 7 8 9 * #") == 4
         assert "there is no /x" in out and (process.returncode, err) == (0, "")
         answers["/"] = answers["/next"] = twiml('<Gather input="dtmf" action="/next"/>')
         out, _ = telephone(phone.url).communicate("/4711\n/bye\n", timeout=60)
-        (form,) = [dict(urllib.parse.parse_qsl(body)) for _, path, body, _ in server.asked if path == "/next"][2:]
-        assert form["Digits"] == "4711", "a line that takes several gets them together"
+        assert turns()[2]["Digits"] == "4711", "a line that takes several gets them together"
 
 
 class Terminal:
@@ -506,8 +511,12 @@ class Terminal:
 @meanwhile
 def test_enter_cuts_in_and_is_not_silence_at_once(stage):
     many = " ".join(f"word{number}" for number in range(200))
-    answers = {"/": twiml(f'<Gather input="speech" action="/next"><Say>{many}</Say></Gather><Say>Silent?</Say>'),
-               "/next": twiml("<Say>Bye.</Say>"), "/status_callback": (204, {}, "")}
+    gather = f'<Gather input="speech" action="/next"><Say>{many}</Say></Gather>'
+    answers = {
+        "/": twiml(f"{gather}<Say>Silent?</Say>"),
+        "/next": twiml("<Say>Bye.</Say>"),
+        "/status_callback": (204, {}, ""),
+    }
     with Script(answers) as (server, phone), Terminal(phone.url) as terminal:
         terminal.shows("word1 ")
         terminal.type("\n")
@@ -515,7 +524,8 @@ def test_enter_cuts_in_and_is_not_silence_at_once(stage):
         terminal.shows("> ", 2)  # the first prompt got the Enter
         terminal.type("Now listen.\n")
         terminal.shows("The call has ended: hangup.")
-        assert "word199" not in terminal.shown and "silent" not in terminal.shown.rpartition("word1 ")[2]
+        after = terminal.shown.rpartition("word1 ")[2]
+        assert "word199" not in after and "silent" not in after
         assert [path for _, path, _, _ in server.asked] == ["/", "/next", "/status_callback"]
         assert "SpeechResult=Now+listen." in server.asked[1][2]
 
@@ -527,7 +537,8 @@ def test_a_pretend_claude_needs_no_key_and_no_network(stage):
         process = telephone("--pretend", settings=settings)
         out, err = process.communicate("Hello there.\n/bye\n", timeout=120)
         assert "no key for Claude" not in out and "something went wrong" not in out
-        assert "the app:" not in out and "Hello there." in out and (process.returncode, err) == (0, "")
+        assert "the app:" not in out and "Hello there." in out
+        assert (process.returncode, err) == (0, "")
     process = telephone("--pretend", "http://127.0.0.1:9")
     _, err = process.communicate("", timeout=60)
     assert "leave the address out" in err and process.returncode == 2
