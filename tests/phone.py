@@ -860,10 +860,14 @@ def converse(phone):
 # --- The program ----------------------------------------------------------------------------------
 
 
+def heed_signals(what):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, what)
+
+
 def leave_once(number, _):
     """Leave at the first signal. Those that follow are ignored: they would break that off."""
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
+    heed_signals(signal.SIG_IGN)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(1)
@@ -917,8 +921,7 @@ def main():
         )
         return 1
     token = os.environ.get("TWILIO_AUTH_TOKEN") or None
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave_once)  # so that the app is ended on all ways out
+    heed_signals(leave_once)  # so that the app is ended on all ways out
     if not options.browser:
         print(HELP)
     url, troubles, phone = options.url, None, None
@@ -931,7 +934,7 @@ def main():
                     app = App(settings_for_the_app(token, claude), folder=os.getcwd())
                     stack.push(app)  # before the start, which can be interrupted too
                 # Runs first of all on the way out: nothing may interrupt the end of the app.
-                stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)
+                stack.callback(heed_signals, signal.SIG_IGN)
                 url, token = app.start().url, app.token
                 troubles = Troubles(app.log_path)
             if options.browser:

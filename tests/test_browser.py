@@ -7,6 +7,7 @@ Without them these tests are skipped, unless VOICE_CLAUDE_ALL_TESTS=1 says that 
 
 import contextlib
 import http.client
+import json
 import shutil
 import signal
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 from tests.browser import BrowserPhone, Switchboard
 from tests.claude import Reply
 from tests.conftest import cannot_run, meanwhile, wait_until
+from tests.phone import Troubles
 from tests.test_phone import Script, telephone, twiml
 
 FLAGS = (
@@ -207,7 +209,8 @@ def test_three_turns_by_typing(stage, driver):
         assert "SpeechResultHello there." in first and "CallStatusin-progress" in first
         assert "AccountSid" not in first, "only what matters"
         assert '<Response>\n  <Gather' in first, "indented"
-        assert driver.get_log("browser") == [], "the browser has nothing to complain of"
+        complaints = [one for one in driver.get_log("browser") if one["level"] == "SEVERE"]
+        assert complaints == [], "the browser has nothing to complain of"
         assert caller.text(".failed, .error, .trouble") == [], "nothing went wrong"
 
 
@@ -250,13 +253,14 @@ def test_three_turns_by_voice_in_the_lines_language(driver):
 
 
 def test_only_nested_words_can_be_cut_in_on(driver):
-    first = "<Say>One sentence.</Say><Redirect>/rest</Redirect>"
+    one = "One sentence." + " And on." * 60  # so long that nobody waits for its end in vain
+    first = f"<Say>{one}</Say><Redirect>/rest</Redirect>"
     rest = gather("A second sentence, a long one.")
     answers = {"/": twiml(first), "/rest": rest, "/next": twiml("<Say>Oh.</Say>")}
     with line(answers) as (server, switchboard):
         caller = Caller(driver, switchboard).look(VOICE + RECOGNISER + HELD)
         caller.call()
-        caller.hears("Line: One sentence.")
+        caller.hears(f"Line: {one}")
         assert caller.does("ear()") is None, "nobody would hear the caller"
         caller.type("Stop!")
         caller.sees("#notice", "isn't listening")
@@ -264,7 +268,7 @@ def test_only_nested_words_can_be_cut_in_on(driver):
         assert paths(server) == ["/"], "Twilio waits until that is said"
         caller.does("document.getElementById('words').value = ''")
         caller.does("endOfSpeech()")
-        caller.hears("Line: One sentence.", "Line: A second sentence, a long one.")
+        caller.hears(f"Line: {one}", "Line: A second sentence, a long one.")
         wait_until(lambda: caller.does("ear()") is not None)
         caller.does("hear('a second long', false)")
         assert caller.does("cutOff") == 0, "the line has heard itself"
@@ -277,19 +281,21 @@ def test_only_nested_words_can_be_cut_in_on(driver):
 
 
 def test_keys(driver):
-    several = '<Gather input="dtmf" numDigits="3" action="/next"/>'
-    endless = '<Gather input="dtmf" action="/next"/>'
-    then = [twiml(several), twiml(endless), twiml("<Hangup/>")]
-    answers = {"/": gather("Press a key."), "/next": then}
+    takes = '<Gather input="dtmf" action="/next" {}/>'
+    # Without a pause, at the most keys; at the last key; after a pause.
+    attributes = 'timeout="600" numDigits="3"', 'timeout="600"', 'timeout="1"'
+    then = [twiml(takes.format(one)) for one in attributes]
+    answers = {"/": gather("Press a key."), "/next": [*then, twiml("<Hangup/>")]}
     with line(answers) as (server, switchboard):
         caller = Caller(driver, switchboard).look()
         caller.call()
-        for turn, (keys, digits) in enumerate([("5", "5"), ("407", "407"), ("12#", "12")], 1):
+        pressed = [("5", "5"), ("407", "407"), ("12#", "12"), ("89", "89")]
+        for turn, (keys, digits) in enumerate(pressed, 1):
             wait_until(lambda turn=turn: caller.does("listening && listening.turn") == turn)
             caller.press(keys)
             wait_until(lambda turn=turn: len(server.asked) > turn)
             assert form(server, turn)["Digits"] == digits
-        caller.hears("You press 1 2 #", "The line has hung up.")
+        caller.hears("You press 1 2 #", "You press 8 9", "The line has hung up.")
 
 
 def test_silence(driver):
@@ -310,6 +316,17 @@ def test_silence(driver):
         before = caller.talk().count("Line: Are you there?")
         wait_until(lambda: caller.talk().count("Line: Are you there?") > before)
         assert caller.does("ear()") is None, "muted"
+
+
+def test_nobody_hears_who_is_muted(driver):
+    with line({"/": gather("Hello.", 'timeout="600"')}) as (_, switchboard):
+        caller = Caller(driver, switchboard).look(VOICE + RECOGNISER)
+        caller.call()
+        wait_until(lambda: caller.does("ear()"))
+        caller.click("mute")
+        assert caller.does("ear()") is None
+        caller.click("mute")
+        assert caller.does("ear()") is not None
 
 
 def test_who_hangs_up_is_gone(driver):
@@ -359,6 +376,22 @@ def test_a_line_that_fails_is_shown_in_red(driver):
         assert "ErrorCode11200" in caller.text(".turn:nth-child(2) .request")[1]
         red = caller.does("getComputedStyle(document.querySelector('.error')).color")
         assert red in ("rgb(179, 18, 29)", "rgb(255, 138, 134)")
+
+
+def test_what_the_app_complains_of_is_shown_too(driver, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("INFO all is well\nERROR the database failed\n")
+    answers = {"/": gather("Hello."), "/status_callback": (204, {}, "")}
+    with Script(answers) as (_, phone):
+        troubles = Troubles(log)
+        with Switchboard(lambda: BrowserPhone(phone.url, None, troubles=troubles)) as switchboard:
+            caller = Caller(driver, switchboard).look(NO_RECOGNISER + VOICE)
+            caller.call()
+            caller.sees(".trouble", "The app: ERROR the database failed")
+            with log.open("a") as more:
+                more.write("WARNING and this comes late\n")
+            caller.sees(".trouble", "The app: WARNING and this comes late")
+            assert len(caller.text(".trouble")) == 2
 
 
 def test_where_nothing_is_recognised_one_types(driver):
@@ -456,6 +489,20 @@ def test_nobody_else_gets_in():
         wait_until(lambda: server.asked)
         assert ask(url + "events?call=CA0").status == 404
         assert ask(url + "said", "POST", b'{"call": "CA0", "number": 0}', **own).status == 409
+
+
+def test_a_page_that_lost_its_connection_misses_nothing():
+    with line({"/": gather("Hello.")}) as (_, switchboard):
+        own = {"Content_Type": "application/json", "Origin": switchboard.origin}
+        call = json.loads(ask(switchboard.url + "call", "POST", b"{}", **own).body)["call"]
+        wait_until(lambda: switchboard.phone.turn == 1)
+        body = json.dumps({"call": call}).encode()
+        assert ask(switchboard.url + "hang_up", "POST", body, **own).status == 200
+        events = f"{switchboard.url}events?call={call}"
+        every = ask(events).body.decode().strip().split("\n\n")
+        kinds = [json.loads(event.partition("data: ")[2])["kind"] for event in every]
+        assert kinds == ["request", "say", "listen", "ended", "request", "over"]
+        assert ask(events, Last_Event_ID="4").body.decode().strip().split("\n\n") == every[4:]
 
 
 @meanwhile

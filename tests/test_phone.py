@@ -385,9 +385,9 @@ def test_ctrl_c_leaves_nothing_behind(stage):
             assert os.listdir(scratch) == []
 
 
-# Takes its time over the end of a call, and says when that begins.
+# Takes its time over the end of a call, and says when that begins; and over its own end.
 SLOW_TO_END = """
-import pathlib, time
+import pathlib, threading, time
 import flask
 app = flask.Flask(__name__)
 
@@ -398,14 +398,16 @@ def call_comes_in():
 @app.post("/status_callback")
 def status_callback():
     pathlib.Path("asked").touch()
-    time.sleep(1.5)
+    threading.Thread(target=time.sleep, args=(2.5,)).start()
+    time.sleep(1)
     return "", 204
 """
 
 
 @meanwhile
 def test_a_second_ctrl_c_leaves_nothing_behind_either(stage):
-    for first in (signal.SIGINT, "/bye\n"):
+    moments = (signal.SIGINT, "hanging up"), ("/bye\n", "hanging up"), ("/bye\n", "ended")
+    for first, then in moments:
         with folder(SLOW_TO_END) as (here, scratch):
             process = telephone(start_new_session=True, settings={"TMPDIR": str(scratch)}, cwd=here)
             while "Calling" not in process.stdout.readline():
@@ -417,6 +419,8 @@ def test_a_second_ctrl_c_leaves_nothing_behind_either(stage):
                 process.stdin.write(first)
                 process.stdin.flush()
             wait_until((here / "asked").exists)
+            while then == "ended" and "The call has ended" not in process.stdout.readline():
+                assert process.poll() is None
             for _ in range(3):
                 process.send_signal(signal.SIGINT)
                 time.sleep(0.1)
