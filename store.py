@@ -281,7 +281,7 @@ class Store:
     def _open_call(database, call_sid, touched=None):
         now = time.time()
         database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
-                         " ON CONFLICT DO NOTHING", [call_sid, now, touched or now])
+                         " ON CONFLICT DO NOTHING", [call_sid, now, now if touched is None else touched])
 
     @staticmethod
     def _turns_today(database):
