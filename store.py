@@ -196,6 +196,8 @@ class Store:
             now = time.time()
             database.execute("UPDATE calls SET ended = ?, touched = ? WHERE call_sid = ?",
                              [now, now, call_sid])
+            database.execute("UPDATE turns SET stop = 'hung up'"
+                             " WHERE call_sid = ? AND stop IS NULL", [call_sid])
             *counts, trusted = database.execute(
                 "SELECT turns, tokens_in, tokens_out, trusted FROM calls WHERE call_sid = ?",
                 [call_sid]).fetchone()
