@@ -211,14 +211,14 @@ class Store:
         """Delete what was said in this call before this turn, and in the caller's earlier calls if
         the number is proved; and at its end what is said in this call from now on."""
         with self._writing() as database:
-            same = ("SELECT call_sid FROM calls WHERE caller = (SELECT caller FROM calls"
-                    " WHERE call_sid = ? AND trusted <> 0)")
-            database.execute(f"DELETE FROM turns WHERE call_sid IN ({same}) AND call_sid <> ?"
-                             " OR call_sid = ? AND turn < ?", [call_sid, call_sid, call_sid, turn])
-            database.execute("UPDATE calls SET caller = NULL WHERE call_sid <> ?"
-                             f" AND call_sid IN ({same})", [call_sid, call_sid])
-            database.execute("UPDATE calls SET caller = NULL, trusted = -1 WHERE call_sid = ?",
-                             [call_sid])
+            gone = ("SELECT call_sid FROM calls WHERE call_sid = ? OR caller = (SELECT caller"
+                    " FROM calls WHERE call_sid = ? AND trusted <> 0)")
+            still_on = "SELECT call_sid FROM calls WHERE call_sid = ? AND ended IS NULL"
+            database.execute(f"DELETE FROM turns WHERE call_sid IN ({gone})"
+                             f" AND NOT (call_sid IN ({still_on}) AND turn >= ?)",
+                             [call_sid, call_sid, call_sid, turn])
+            database.execute("UPDATE calls SET caller = NULL, trusted = -1"
+                             f" WHERE call_sid IN ({gone})", [call_sid, call_sid])
         self._empty_log()
 
     def calls(self):
@@ -236,17 +236,19 @@ class Store:
             self._clock, self._no_sweep_before = clock, time.monotonic() + 3600
         if time.monotonic() < self._no_sweep_before:
             return
-        old = time.time() - max(1, self.keep_days) * A_DAY
+        kept = time.time() - max(1, self.keep_days) * A_DAY
         # Nobody is on the phone for two hours without a word.
-        silent = old if self.keep_days else time.time() - 2 * 3600
-        old_words = ("FROM turns WHERE call_sid IN (SELECT call_sid FROM calls WHERE touched < ?)")
+        silent, keep_none = time.time() - 2 * 3600, int(not self.keep_days)
+        old_words = ("FROM turns WHERE call_sid IN (SELECT call_sid FROM calls WHERE touched < ?"
+                     " OR touched < ? AND (trusted = -1 OR ? = 1))")
         with self._connection() as database:
-            found = database.execute(f"SELECT 1 {old_words} UNION ALL SELECT 1 FROM calls"
-                                     " WHERE touched < ? LIMIT 1", [silent, old]).fetchone()
+            found = database.execute(f"SELECT 1 {old_words} UNION ALL SELECT 1 FROM calls WHERE"
+                                     " touched < ? LIMIT 1", [kept, silent, keep_none, kept])
+            found = found.fetchone()
         if found:
             with self._writing() as database:
-                database.execute(f"DELETE {old_words}", [silent])
-                database.execute("DELETE FROM calls WHERE touched < ?", [old])
+                database.execute(f"DELETE {old_words}", [kept, silent, keep_none])
+                database.execute("DELETE FROM calls WHERE touched < ?", [kept])
         if found or self._must_empty_log:
             self._empty_log()
 

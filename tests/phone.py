@@ -309,7 +309,7 @@ class Phone:
         self.dialled.append({**verb.attrib, "Number": to})
         status, sid = DIALLED[self.handed_over], "CA" + secrets.token_hex(16)
         if verb.get("callerId", own) != own:
-            self.warnings.append(f"13214: callerId={verb.get('callerId')!r} is not the line's own")
+            self.warned(f"13214: callerId={verb.get('callerId')!r} is not the line's own")
             status = "failed"
         result = {"DialCallStatus": status, "DialBridged": "false"}
         if status != "failed":
@@ -322,7 +322,8 @@ class Phone:
                 "POST" if number is None else number.get("method", "POST"),
                 presses=self.handed_over == "takes it",
             )
-            self.warnings += other.warnings
+            for warning in other.warnings:
+                self.warned(warning)
             if other.ended == "connected":
                 self._spoken_until = None  # the two talk: that is no dead air
                 result["DialBridged"] = "true"
@@ -895,9 +896,9 @@ def settings_for_the_app(token, pretend):
 
 
 def pretend_claude():
-    from tests.claude import Claude
+    from tests.claude import Claude, Teacher
 
-    return Claude()
+    return Claude(default=Teacher(tell=print))
 
 
 def main():
