@@ -152,7 +152,7 @@ class Store:
             return self._dicts(database.execute(
                 "SELECT turns.*, other.began FROM calls AS this JOIN calls AS other"
                 " ON other.caller = this.caller AND other.trusted = 1 AND this.trusted = 1"
-                " AND other.call_sid <> this.call_sid AND other.began < this.began"
+                " AND other.call_sid <> this.call_sid"
                 " JOIN turns ON turns.call_sid = other.call_sid WHERE this.call_sid = ?"
                 " ORDER BY other.began DESC, turn DESC LIMIT ?", [call_sid, most]))[::-1]
 
