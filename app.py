@@ -86,8 +86,7 @@ def call_comes_in():
     with contextlib.suppress(StoreError):  # a greeting needs no store
         if settings.keep_days and not settings.pin:
             verdict = request.values.get("StirVerstat")  # of the phone companies, on the number
-            line.store.open(call_sid, phone_number(the_caller().number),
-                            trusted=verdict == "TN-Validation-Passed-A")
+            line.store.open(call_sid, own_number(), trusted=verdict == "TN-Validation-Passed-A")
         if line.store.turns_today() >= settings.max_turns_a_day:
             return no_turn_is_left()
     return say_and_listen(speakable(settings.greeting))
@@ -417,7 +416,7 @@ def only_with_pin():
     tries = number_in_url("tries")
     if request.endpoint == "call_comes_in" and tries:
         if hmac.compare_digest(keyed.encode(), settings.pin.encode()):
-            line.store.open(call_sid, phone_number(the_caller().number), trusted=True)
+            line.store.open(call_sid, own_number(), trusted=True)
             return None
         log.warning("call %s: PIN wrong or missing, %d of 3", call_sid, tries)
     if tries >= 3:
@@ -428,6 +427,11 @@ def only_with_pin():
     say(gather, WRONG_PIN if tries else "", KEY_IN)
     response.redirect(again, method="POST")
     return twiml(response)
+
+
+# What stands for a number that is withheld: ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN,
+# on the keys of a telephone.
+WITHHELD = {"+266696687", "+2562533", "+7378742833", "+86282452253", "+8656696"}
 
 
 def is_outbound():
@@ -441,6 +445,12 @@ def the_caller():
     twilio_says = {"city": "City", "region": "State", "country": "Country"}
     place = {name: request.values.get(who + field) for name, field in twilio_says.items()}
     return Caller(request.values.get(who, ""), {name: at for name, at in place.items() if at})
+
+
+def own_number():
+    """The caller's number if it is one, exactly as Twilio writes numbers; otherwise None."""
+    number = the_caller().number
+    return number if phone_number(number) == number and number not in WITHHELD else None
 
 
 def last_digits():
