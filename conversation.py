@@ -341,9 +341,8 @@ class Writer:
                 continue  # or Claude would go on refusing what comes after it
             messages.append({"role": "user", "content": note + turn["words"]})
             reply, rest = heard_and_not(turn, later)
-            if reply := re.sub(SWITCH.format(".*?"), "", reply).strip():
-                cut = " [The caller cut in here.]" if rest else ""
-                messages.append({"role": "assistant", "content": reply + cut})
+            if reply := (reply + "[The caller cut in here.]" * bool(rest)).strip():
+                messages.append({"role": "assistant", "content": reply})
             note = "[Nobody took the call.] " if str(turn["stop"]).startswith("hand_over") else ""
         return messages
 
@@ -467,17 +466,20 @@ def heard_and_not(turn, later):
     """A reply, cut where the caller cut in on it: (what was heard, the rest). Twilio doesn't tell,
     but the clock does: from when the last part was given to when the caller spoke again, in the
     ``later`` turn of the same call. In doubt all of it was heard."""
+    def spoken(text):
+        return re.sub(SWITCH.format(".*?"), "", text)
+
     reply, begins = turn["reply"], turn["last_part"]
     if not later or later["call_sid"] != turn["call_sid"] or begins is None:
-        return reply, ""
+        return spoken(reply), ""
     words = list(re.finditer(r"\S+\s*", reply[begins:]))
     seconds = later["spoke_at"] - turn["given_at"]
     heard = max(0, round(seconds * SPEAKING_RATE))
     # No closer than that is it known. An hour less than nothing: somebody has set the clock.
     if heard >= len(words) - max(5, len(words) / 4) or seconds < -AN_HOUR:
-        return reply, ""
+        return spoken(reply), ""
     cut = begins + (words[heard - 1].end() if heard else 0)
-    return reply[:cut], reply[cut:]
+    return spoken(reply[:cut]), spoken(reply[cut:])
 
 
 def grow_block(block, delta):
