@@ -413,7 +413,9 @@ def only_with_pin():
     if not settings.pin or request.endpoint in ("hand_over", "status_callback") or (
             line.store.is_trusted(call_sid)):
         return None
-    tries = number_in_url("tries")
+    # The same after Twilio's fallback, or a failure would be worth three more tries.
+    tries = re.search("[?&]tries=([1-3])", request.values.get("ErrorUrl") or request.url)
+    tries = int(tries[1]) if tries else 0
     if request.endpoint == "call_comes_in" and tries:
         if hmac.compare_digest(keyed.encode(), settings.pin.encode()):
             line.store.open(call_sid, own_number(), trusted=True)
