@@ -135,7 +135,10 @@ def apologise(error):
         return error  # this is no call: a stranger, or a browser
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
-    return goodbye() if request.endpoint == "hand_over" else say_and_listen(SORRY)
+    silences = number_in_url("silences")
+    if request.endpoint == "hand_over" or silences > len(ARE_YOU_THERE):
+        return goodbye()
+    return say_and_listen(SORRY, silences=silences)
 
 
 def no_turn_is_left():

@@ -188,10 +188,17 @@ class Phone:
         """Dial."""
         return self.webhook("/", method=self.method)
 
-    def say(self, words, token=None):
-        """Speak, whatever is being said at the moment. The same token again is the same delivery again."""
+    def say(self, words, token=None, after=None):
+        """Speak, whatever is being said at the moment. The same token again is the same delivery again.
+
+        ``after`` so many seconds since the line began to say its last words. To speak then takes time too, and Twilio
+        notices the end of the words a second late.
+        """
         if not self.listens_to("speech"):
             return self.stay_silent()
+        if after is not None:
+            asked = self.said[-1][1] + after + len(words.split()) / 2.75 + 1.0
+            time.sleep(max(0.0, asked - time.monotonic()))
         return self._turn(self._fetch, *self._action(), {"SpeechResult": words, "Confidence": "0.9"}, token)
 
     def press(self, keys):
