@@ -361,7 +361,11 @@ def who_may_call():
         abort(400)  # an X-Forwarded-Proto that no proxy sends
     if request.endpoint in (None, "healthz") or is_a_browser():
         return None  # this is not about a call; without an endpoint Flask says 404
-    return only_forms() or only_twilio() or only_allowed_callers() or only_with_pin()
+    if refused := only_forms() or only_twilio() or only_allowed_callers():
+        return refused
+    with contextlib.suppress(StoreError):  # whatever request comes next forgets what is old
+        line.store.sweep()
+    return only_with_pin()
 
 
 def only_forms():
@@ -411,8 +415,6 @@ def only_with_pin():
     """With a PIN nothing of a call goes on before the caller has keyed it in, one of three times.
     Twilio's URL carries the count, so the caller can't change it."""
     call_sid, keyed = request.values["CallSid"], request.form.get("Digits", "")
-    with contextlib.suppress(StoreError):  # nothing of a call needs this
-        line.store.sweep()
     if not settings.pin or request.endpoint in ("hand_over", "status_callback") or (
             line.store.is_trusted(call_sid)):
         return None
@@ -434,8 +436,8 @@ def only_with_pin():
     return twiml(response)
 
 
-# What stands for a number that is withheld: ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN,
-# on the keys of a telephone.
+# What stands for a withheld number: ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN, on the
+# keys of a telephone.
 WITHHELD = {"+266696687", "+2562533", "+7378742833", "+86282452253", "+8656696"}
 
 

@@ -560,7 +560,8 @@ def end_of_sentences(text):
 UNSPEAKABLE = [
     (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; its lines stay
     (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the one under the head of a table
-    (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link or a picture: its words stay
+    # A link or a picture: its words stay.
+    (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),
     (r"</?(?:a|b|br|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|su[bp]|u|ul)\b[^<>]*>", " "),
     # A bare link: its host stays.
     (r"https?://(?:www\.)?([^\s/<>()\[\]]+)(?:/[^\s<>()\[\]]*[\w/])?", r"\1"),

@@ -70,6 +70,7 @@ class Store:
         self._clock = time.time() - time.monotonic()  # changes where somebody sets the clock
         self._no_sweep_before = 0.0
         self._well_until = 0.0
+        self._to_end = set()  # the calls whose end isn't kept yet: Twilio reports it only once
         self._must_empty_log = True  # a process before this one may have left words there
 
     # --- A call begins
@@ -191,6 +192,7 @@ class Store:
     def end(self, call_sid):
         """The call is over: keep nothing that comes late, and delete what was said, unless it is to
         be kept. Returns the (turns, tokens_in, tokens_out) that the call had."""
+        self._to_end.add(call_sid)
         with self._writing() as database:
             self._open_call(database, call_sid)
             now = time.time()
@@ -204,6 +206,7 @@ class Store:
             if not self.keep_days or trusted == -1:
                 database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
                 database.execute("UPDATE calls SET caller = NULL WHERE call_sid = ?", [call_sid])
+        self._to_end.discard(call_sid)
         self._empty_log()
         return counts
 
@@ -230,6 +233,8 @@ class Store:
 
     def sweep(self):
         """Forget what was kept for long enough, and the calls whose end Twilio never reported."""
+        for call_sid in list(self._to_end):
+            self.end(call_sid)
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > 60:
             # Somebody has set the clock. For an hour no call is older than it seems.
@@ -284,8 +289,9 @@ class Store:
     @staticmethod
     def _open_call(database, call_sid, touched=None):
         now = time.time()
+        touched = now if touched is None else touched
         database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
-                         " ON CONFLICT DO NOTHING", [call_sid, now, now if touched is None else touched])
+                         " ON CONFLICT DO NOTHING", [call_sid, now, touched])
 
     @staticmethod
     def _turns_today(database):
