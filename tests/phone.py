@@ -914,7 +914,7 @@ def main():
     parser.add_argument("--number", default="+15551230001", help="the number to call from (default: %(default)s)")
     to_speak = "speak and hear in the browser, not in this terminal"
     parser.add_argument("--browser", action="store_true", help=to_speak)
-    to_pretend = "bring a pretend Claude along: no key, no network"
+    to_pretend = "bring a pretend Claude along, as without a key: no network is needed"
     parser.add_argument("--pretend", action="store_true", help=to_pretend)
     options = parser.parse_args()
     if options.url and urlsplit(options.url).scheme not in ("http", "https"):
@@ -937,7 +937,10 @@ def main():
         try:
             if not url:
                 print("Starting the app ...", flush=True)
-                claude = stack.enter_context(pretend_claude()) if options.pretend else None
+                pretend = options.pretend or not os.environ.get("ANTHROPIC_API_KEY")
+                claude = stack.enter_context(pretend_claude()) if pretend else None
+                if pretend and not options.pretend:
+                    print("ANTHROPIC_API_KEY is not set, so a pretend Claude answers.")
                 with no_interruption():
                     app = App(settings_for_the_app(token, claude), folder=os.getcwd())
                     stack.push(app)  # before the start, which can be interrupted too

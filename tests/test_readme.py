@@ -100,7 +100,7 @@ def read():
 
 
 BLOCKS, ROWS = read()
-STEPS = [block for block in BLOCKS if block.language == "python"]
+STEPS = [block for block in BLOCKS if block.language == "python" and block.heading[0].isdigit()]
 CONVERSATIONS = [block for block in BLOCKS if block.text.startswith(("Line:", "You:", "("))]
 PROSE = re.sub(r"(?ms)^```.*?^```$", "", README)
 
@@ -535,7 +535,7 @@ def routes(app_module):
 def test_the_diagram_shows_the_routes_and_everyone_in_it(app_module):
     diagram = only("mermaid")
     assert diagram.text.startswith("sequenceDiagram\n"), diagram
-    assert set(re.findall(r"POST (/[\w/]*)", diagram.text)) == routes(app_module) - {"/healthz"}, diagram
+    assert set(re.findall(r"POST (/[\w/]*)", diagram.text)) == routes(app_module) - {"/healthz", "/hand_over", "/listening"}, diagram
     arrows = re.findall(r"(?m)^ +([\w.]+?)--?>>([\w.]+): ", diagram.text)
     declared = re.findall(r"(?m)^ +(?:actor|participant) ([\w.]+)", diagram.text)
     assert {who for arrow in arrows for who in arrow} == set(declared), diagram
@@ -572,7 +572,7 @@ def test_every_flask_command_exists(app_module):
     commands = app_module.app.cli.commands
     used = set(re.findall(r"(?:`|bin/)flask (\w+)", README)) - {"run"}  # which is Flask's own
     assert used <= set(commands)
-    for command in used:
+    for command in used - {"calls"}:
         assert "--number" in [option for parameter in commands[command].params for option in parameter.opts]
 
 
