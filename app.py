@@ -6,6 +6,7 @@ Twilio asks these URLs what to do with a call, and is answered in TwiML
     /                  a call comes in: greet, and listen
     /talking           the caller spoke, pressed a key or stayed silent; the rest of a reply is
                        due; or Twilio got no good answer, and falls back here with an ErrorCode
+    /listening         what the caller has said so far
     /hand_over         the person who is to take the call has answered
     /status_callback   the call is over
 
@@ -115,7 +116,21 @@ def talking():
         turn = call.caller_said(words, delivery, the_caller())
         if not turn:
             return goodbye() if turn is None else no_turn_is_left()
+    g.after = turn
     return say_reply(turn, heard, *call.reply(turn, heard), number_in_url("waited"))
+
+
+@app.post("/listening")
+def listening():
+    """The caller is still speaking, or has just stopped: think ahead. Nobody awaits the answer."""
+    so_far = request.form.get("UnstableSpeechResult") or request.form.get("StableSpeechResult", "")
+    if settings.think_ahead and line.claude and so_far.strip():
+        number = request.form.get("SequenceNumber", 0, type=int)
+        call = Conversation(request.values["CallSid"], line)
+        heard = so_far, number_in_url("after"), min(abs(number), 10**9), the_caller()
+        with contextlib.suppress(RuntimeError):  # no thread is left: this can be done without
+            threading.Thread(target=call.heard, args=heard, daemon=True).start()
+    return "", 204
 
 
 @app.post("/status_callback")
@@ -136,6 +151,8 @@ def apologise(error):
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
     silences = number_in_url("silences")
+    if request.endpoint == "listening":
+        return "", 204
     if request.endpoint == "hand_over" or silences > len(ARE_YOU_THERE):
         return goodbye()
     return say_and_listen(SORRY, silences=silences)
@@ -182,6 +199,8 @@ def url(path, **query):
     carries the language of the call, if that isn't the line's first."""
     path = urlsplit(settings.public_url).path + path
     query |= {"language": g.language} if language_of_call() != settings.languages[0] else {}
+    if settings.think_ahead and path.endswith(("/talking", "/listening")):
+        query["after"] = g.get("after") or number_in_url("after")  # so many turns there were
     return f"{path}?{urlencode(sorted(query.items()))}" if query else path
 
 
@@ -199,7 +218,10 @@ def say(verb, *texts):
 
 def say_and_listen(*texts, silences=0):
     """Say something, and let the caller, silent so often in a row, speak or press a key."""
-    response = VoiceResponse()
+    response, ahead = VoiceResponse(), {}
+    if settings.think_ahead:
+        ahead = {"partial_result_callback": url("/listening"),
+                 "partial_result_callback_method": "POST"}
     gather = response.gather(
         input="speech dtmf",
         action=url("/talking"),
@@ -212,7 +234,8 @@ def say_and_listen(*texts, silences=0):
         profanity_filter=False,  # or Claude would read "f***"
         num_digits=1,  # a key is answered at once; waiting for another one would be dead air
         finish_on_key="",  # so that # is a key like any other
-        language=language_of_call() or None)
+        language=language_of_call() or None,
+        **ahead)
     say(gather, *texts)
     response.redirect(url("/talking", silences=silences + 1), method="POST")  # for a silent caller
     return twiml(response)
@@ -493,6 +516,7 @@ SETTINGS = {
     "MAX_TURNS_A_DAY": ("1000", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
     "PIN": ("", r"\d{6,12}", "6 to 12 digits"),
     "KEEP_DAYS": ("0", r"\d{1,4}", "a whole number of days"),
+    "THINK_AHEAD": ("no", "yes|no", "yes or no"),
     "WEB_SEARCHES": ("0", r"\d{1,9}", "a whole number"),
     "HAND_OVER_TO": ("", r"[+\d ()./-]+", "a number like +15551234567"),
     "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*",
@@ -517,6 +541,8 @@ class Settings:
         self.public_url = self.public_url.rstrip("/")
         for name in "max_turns", "max_turns_a_day", "keep_days", "web_searches":
             setattr(self, name, int(getattr(self, name)))
+        # Claude would search for words that may not be all.
+        self.think_ahead = self.think_ahead == "yes" and not self.web_searches
         for name in "ALLOWED_CALLERS", "HAND_OVER_TO":
             written = getattr(self, name.lower())
             numbers = {phone_number(text) for text in written.split(",") if text.strip()}
@@ -684,10 +710,11 @@ def calls(call_sid, as_json):
 
     if call_sid:
         turns, found = line.store.turns(call_sid, 1, 10**9), []
+        turns = [turn for turn in turns if not turn["guess"]]
         for turn, later in zip(turns, [*turns[1:], None]):
             heard, rest = heard_and_not(turn, later)
             found.append({"at": clock(turn["spoke_at"]), "caller": turn["words"], "heard": heard,
-                          "not_heard": rest, "stop": turn["stop"]})
+                          "not_heard": rest, "stop": turn["stop"], "seconds_ahead": turn["ahead"]})
     else:
         found = [{"call_sid": call["call_sid"], "began": clock(call["began"]),
                   "seconds": round(call["touched"] - call["began"]), "turns": call["turns"],
@@ -699,7 +726,8 @@ def calls(call_sid, as_json):
         if call_sid:
             cut = f"[cut in] {row['not_heard']}" if row["not_heard"] else ""
             click.echo(f"{row['at']}  Caller: {row['caller']}")
-            click.echo(f"{'':19}  Claude: {row['heard']}{cut}")
+            early = row["seconds_ahead"] and f" [begun {row['seconds_ahead']:.1f} s early]"
+            click.echo(f"{'':19}  Claude: {row['heard']}{cut}{early or ''}")
         else:
             click.echo("{call_sid}  {began}  {seconds:5} s  {turns:3} turns  {number}".format(**row)
                        + ("  on" if row["on"] else ""))

@@ -15,6 +15,7 @@ import logging
 import re
 import threading
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -48,6 +49,7 @@ SENTENCE_TIMEOUT = 30.0  # for the next sentence: "One moment." has been said fo
 SIGN_OF_LIFE = 1.0  # a reply that is being written shows it at least so often
 STALLED = 10.0  # without a sign of life: whatever wrote the reply is dead
 AN_HOUR = 3600.0  # no reply is that old
+STEADY = 0.3  # what the caller has said so far may be all, once it hasn't changed for so long
 PAUSE = 1.0  # of silence, after which Twilio takes the caller's words for whole
 SPEAKING_RATE = 2.75  # words a second: voices and people say 2.5 to 3
 FAST = 3.0  # the same for callers, so that nobody counts as cutting in who did not
@@ -85,21 +87,28 @@ class Conversation:
         """
         # Twilio asks when the caller has been silent for a moment. A key takes no time.
         took = 0.0 if words.endswith("]") else PAUSE + len(words.split()) / FAST
+        settings = self.line.settings
         turn, is_new = self.store.begin(self.call_sid, delivery, words, time.time() - took,
-                                        self.line.settings.max_turns_a_day)
-        if is_new and turn > self.line.settings.max_turns:
-            self.store.grow(self.call_sid, turn, "", stop="max_turns")
-        elif is_new:
-            writer = Writer(self.line, self.call_sid, turn, caller)
-            self.line.writers[self.call_sid, turn] = writer
-            # No daemon: a process that is told to stop waits until the replies are whole.
-            try:
-                threading.Thread(target=writer.write).start()
-            except RuntimeError:  # the machine lets this process have no more threads
-                log.error("call %s turn %d: no thread is left", self.call_sid, turn)
-                del self.line.writers[self.call_sid, turn]
-                self.store.grow(self.call_sid, turn, "", stop="no thread")
+                                        settings.max_turns, settings.max_turns_a_day,
+                                        guessed_delivery(words))
+        if is_new:
+            self._begin_to_write(turn, caller)
+        elif turn and settings.think_ahead:
+            for row in self.store.turns(self.call_sid, turn, turn):
+                log.info("call %s turn %d: begun %d ms before Twilio asked",
+                         self.call_sid, turn, 1000 * (row["ahead"] or 0))
         return turn
+
+    def _begin_to_write(self, turn, caller, is_guess=False):
+        writer = Writer(self.line, self.call_sid, turn, caller, is_guess)
+        self.line.writers[self.call_sid, turn] = writer
+        # No daemon: a process that is told to stop waits until the replies are whole.
+        try:
+            threading.Thread(target=writer.write).start()
+        except RuntimeError:  # the machine lets this process have no more threads
+            log.error("call %s turn %d: no thread is left", self.call_sid, turn)
+            del self.line.writers[self.call_sid, turn]
+            self.store.grow(self.call_sid, turn, "", stop="no thread")
 
     def reply(self, turn, heard=0):
         """Wait until there is more of a reply than the ``heard`` characters that the caller has
@@ -132,6 +141,33 @@ class Conversation:
                 else:
                     time.sleep(0.05)  # another process writes: look again soon, and cheaply
         return "", "lost"  # there is no such turn: the disk was wiped, or the call forgotten
+
+    def heard(self, words, after, number, caller):
+        """Think ahead: begin a turn, if what the caller has said so far stays the same for a
+        moment. Runs in a thread of its own, since it waits for that.
+
+        Args:
+            words: what the caller has said so far.
+            after: the last turn before this one.
+            number: Twilio's number of these words; a larger one is later.
+        """
+        so_far, settings = guessed_delivery(words), self.line.settings
+        with contextlib.suppress(StoreError):  # nothing is lost: the turn begins when Twilio asks
+            began = time.time() - len(words.split()) / SPEAKING_RATE
+            if self.store.hear(self.call_sid, after, number, so_far, began) and (
+                    len(words.split()) > 1):
+                time.sleep(STEADY)
+                turn = self.store.guess(self.call_sid, after, so_far, words, settings.max_turns,
+                                        settings.max_turns_a_day)
+                if turn:
+                    self._begin_to_write(turn, caller, is_guess=True)
+
+
+def guessed_delivery(words):
+    """The delivery of a turn that is begun with these words before Twilio is sure that they are
+    all. Case, punctuation and white space make no difference."""
+    return "~" + "".join(letter for letter in words.casefold()
+                         if unicodedata.category(letter)[0] not in "PZC")
 
 
 # --- What Claude can do ---------------------------------------------------------------------------
@@ -264,8 +300,8 @@ class Writer:
     """Writes Claude's reply to one turn, in a thread of its own. The text is in the store: in
     memory there is only what may be lost with the process."""
 
-    def __init__(self, line, call_sid, turn, caller):
-        self.line, self.call_sid, self.turn = line, call_sid, turn
+    def __init__(self, line, call_sid, turn, caller, is_guess):
+        self.line, self.call_sid, self.turn, self.is_guess = line, call_sid, turn, is_guess
         self.news = threading.Condition()  # notified when the reply has grown
         self.awaited = threading.Event()  # set by those who wait for that
         self.tools = tools_for(line.settings, caller)
@@ -284,6 +320,8 @@ class Writer:
             stop = how = describe(error)
             if not isinstance(error, EXPECTED):
                 log.exception("call %s turn %d", self.call_sid, self.turn)
+            if self.is_guess and self._is_still_a_guess():
+                stop = "wrong"  # so that Claude is asked again when Twilio asks
         for pause in 0.0, 1.0, 3.0:  # a database that fails may be back a moment later
             time.sleep(pause)
             try:
@@ -297,6 +335,10 @@ class Writer:
             self.is_done = True
             self.news.notify_all()
         del self.line.writers[self.call_sid, self.turn]
+        if self.is_guess and self._is_still_a_guess():
+            log.info("call %s: a guess, tokens %d in %d out, %s", self.call_sid, self.tokens_in,
+                     self.tokens_out, how)
+            return
         log.info(
             "call %s turn %d: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
             self.call_sid, self.turn, self.first_sentence_ms, 1000 * (self.last_kept - self.began),
@@ -326,10 +368,9 @@ class Writer:
 
     def _messages(self):
         """What Claude is sent: turns of this call in order, none of them empty, this one last."""
-        first = max(0, (self.turn - 1) // HISTORY_STEP - 1) * HISTORY_STEP + 1
         messages = []
-        turns = self.line.store.turns(self.call_sid, first, self.turn)
-        if self.line.settings.keep_days and self.turn <= HISTORY_STEP:
+        turns = self.line.store.history(self.call_sid, self.turn, HISTORY_STEP)
+        if self.line.settings.keep_days and len(turns) <= HISTORY_STEP:
             turns = self.line.store.earlier(self.call_sid, HISTORY_STEP) + turns
         note = call_sid = ""
         for turn, later in zip(turns, [*turns[1:], None]):
@@ -410,6 +451,9 @@ class Writer:
 
     def _use(self, tool_use):
         """Use a tool, and return what it returned; or a ToolError, which says what was wrong."""
+        while self.is_guess and self._is_still_a_guess():
+            self._keep("")  # raises CallerGone, once the guess is wrong
+            time.sleep(0.05)
         began, results = time.monotonic(), []
 
         def call():
@@ -432,6 +476,13 @@ class Writer:
                  1000 * (self.last_sentence - began),
                  result.partition(":")[0] if isinstance(result, ToolError) else "ok")
         return result
+
+    def _is_still_a_guess(self):
+        """Whether nobody knows yet that the caller has said no more."""
+        with contextlib.suppress(StoreError):
+            (row,) = self.line.store.turns(self.call_sid, self.turn, self.turn) or [{"guess": 1}]
+            self.is_guess = bool(row["guess"])
+        return self.is_guess
 
     def add(self, text):
         """Take in what Claude wrote, and keep the sentences that are whole."""

@@ -6,6 +6,7 @@ writes it. Any process that can open the file can go on where another process st
 
 import collections
 import contextlib
+import hashlib
 import os
 import sqlite3
 import threading
@@ -27,7 +28,10 @@ CREATE TABLE IF NOT EXISTS calls (
     tokens_out INTEGER NOT NULL DEFAULT 0,  -- how many Claude has written
     began      DOUBLE PRECISION NOT NULL,   -- in Unix seconds, as all moments are
     touched    DOUBLE PRECISION NOT NULL,   -- when the caller last spoke, or the call ended
-    ended      DOUBLE PRECISION             -- NULL while the call is on
+    ended      DOUBLE PRECISION,            -- NULL while the call is on
+    so_far     TEXT,                        -- with THINK_AHEAD: a hash of what the caller has said
+    so_far_nr  INTEGER,                     -- so far in this turn, its number in Twilio's order,
+    so_far_at  DOUBLE PRECISION             -- and when the caller began to say it
 );
 CREATE TABLE IF NOT EXISTS turns (
     call_sid  TEXT NOT NULL,
@@ -39,6 +43,8 @@ CREATE TABLE IF NOT EXISTS turns (
     stop      TEXT,                      -- how the reply ended, or NULL while it grows
     last_part INTEGER,                   -- where the part begins that the caller may cut in on
     given_at  DOUBLE PRECISION,          -- when Twilio was given that part
+    guess     INTEGER NOT NULL DEFAULT 0,  -- 1: begun before the caller was done (THINK_AHEAD)
+    ahead     DOUBLE PRECISION,          -- so many seconds before Twilio asked it was begun
     touched   DOUBLE PRECISION NOT NULL, -- when this row last changed
     PRIMARY KEY (call_sid, turn),
     UNIQUE (call_sid, delivery)
@@ -104,7 +110,7 @@ class Store:
 
     # --- A turn, in the order in which things happen
 
-    def begin(self, call_sid, delivery, words, spoke_at, most_today):
+    def begin(self, call_sid, delivery, words, spoke_at, most, most_today, guessed=None):
         """Keep what the caller said, as a new turn. If an earlier reply of this call is still
         growing, it stops there: the caller has gone on.
 
@@ -112,10 +118,13 @@ class Store:
             delivery: Twilio's ``I-Twilio-Idempotency-Token``, or None. The same again is the same
                 turn, delivered again.
             spoke_at: when the caller began to say it, in Unix seconds.
+            most: so many turns a call may have; what comes then has the stop "max_turns".
             most_today: so many turns all calls together may have in 24 hours.
+            guessed: the delivery of a guess that has come true with these words.
 
         Returns:
             (turn, is_new). The turn is None if the call is over, and 0 if none is left today.
+            Nobody need write a reply to a turn that is not new.
         """
         with self._writing() as database:
             self._open_call(database, call_sid)
@@ -128,16 +137,42 @@ class Store:
             if self._turns_today(database) >= most_today:
                 return 0, False
             now = time.time()
-            database.execute("UPDATE calls SET turns = turns + 1, touched = ? WHERE call_sid = ?",
+            turns, so_far_at = database.execute(
+                "SELECT turns, so_far_at FROM calls WHERE call_sid = ?", [call_sid]).fetchone()
+            database.execute("UPDATE calls SET turns = turns + 1, touched = ?, so_far = NULL,"
+                             " so_far_nr = NULL, so_far_at = NULL WHERE call_sid = ?",
                              [now, call_sid])
             database.execute("UPDATE turns SET stop = 'overtaken'"
-                             " WHERE call_sid = ? AND stop IS NULL", [call_sid])
-            (turn,) = database.execute("SELECT COALESCE(MAX(turn), 0) + 1 FROM turns"
-                                       " WHERE call_sid = ?", [call_sid]).fetchone()
-            database.execute("INSERT INTO turns (call_sid, turn, delivery, words, spoke_at,"
-                             " touched) VALUES (?, ?, ?, ?, ?, ?)",
-                             [call_sid, turn, delivery, words, spoke_at, now])
-            return turn, True
+                             " WHERE call_sid = ? AND guess = 0 AND stop IS NULL", [call_sid])
+            turn = self._next_turn(database, call_sid)
+            stop = "max_turns" if turns >= most else None
+            true = database.execute(
+                "SELECT turn FROM turns WHERE call_sid = ? AND guess = 1 AND delivery = ? AND ? = 0"
+                " AND COALESCE(stop, '') <> 'wrong'", [call_sid, guessed, int(bool(stop))])
+            for (turn,) in true.fetchall():
+                database.execute("UPDATE turns SET guess = 0, ahead = ? - spoke_at, words = ?,"
+                                 " delivery = ?, spoke_at = ? WHERE call_sid = ? AND turn = ?",
+                                 [now, words, delivery, so_far_at or spoke_at, call_sid, turn])
+                stop = "true"
+            wrong = database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1",
+                                     [call_sid]).rowcount
+            if stop != "true":
+                self._insert(database, call_sid, turn, delivery, words, so_far_at or spoke_at,
+                             stop=stop)
+        if wrong:
+            self._empty_log()
+        return turn, stop is None
+
+    def history(self, call_sid, turn, step):
+        """The turns up to this one, as dicts of their columns: between ``step`` and twice as many,
+        beginning at a multiple of it."""
+        with self._connection() as database:
+            before = "FROM turns WHERE call_sid = ? AND (guess = 0 AND turn < ? OR turn = ?)"
+            (count,) = database.execute(f"SELECT COUNT(*) - 1 {before}",
+                                        [call_sid, turn, turn]).fetchone()
+            return self._dicts(database.execute(
+                f"SELECT * {before} ORDER BY turn LIMIT ? OFFSET ?",
+                [call_sid, turn, turn, 2 * step, max(0, count // step - 1) * step]))
 
     def turns(self, call_sid, first, last):
         """The turns ``first`` to ``last`` of a call, as dicts of their columns."""
@@ -187,6 +222,51 @@ class Store:
                 "UPDATE calls SET tokens_in = tokens_in + ?, tokens_out = tokens_out + ?"
                 " WHERE call_sid = ?", [tokens_in, tokens_out, call_sid])
 
+    # --- Thinking ahead
+
+    def hear(self, call_sid, after, number, so_far, so_far_at):
+        """Note what the caller has said so far. What was guessed from other words is wrong then.
+
+        Args:
+            after: the last turn before; where there was another one since, this comes too late.
+            number: Twilio's number of it; what comes later with a smaller number is older.
+            so_far: the words, as ``guess`` takes them.
+            so_far_at: when the caller began to say them; noted once in a turn.
+
+        Returns:
+            Whether it is not too late.
+        """
+        with self._writing() as database:
+            self._open_call(database, call_sid)
+            in_time = database.execute(
+                "UPDATE calls SET so_far = ?, so_far_nr = ?, so_far_at = COALESCE(so_far_at, ?)"
+                " WHERE call_sid = ? AND ended IS NULL AND COALESCE(so_far_nr, 0) <= ? AND ? ="
+                " (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND guess = 0)",
+                [self._hash(so_far), number, so_far_at, call_sid, number, after, call_sid])
+            if in_time.rowcount == 1:
+                database.execute("UPDATE turns SET stop = 'wrong', words = '', reply = '',"
+                                 " delivery = NULL WHERE call_sid = ? AND guess = 1 AND delivery"
+                                 " <> ?", [call_sid, so_far])
+            return in_time.rowcount == 1
+
+    def guess(self, call_sid, after, so_far, words, most, most_today):
+        """Begin a turn with words of which nobody knows yet whether they are all: if they are still
+        what the caller has said so far, and there were not three guesses. Returns the turn, or
+        None."""
+        with self._writing() as database:
+            found = database.execute(
+                "SELECT 1 FROM calls WHERE call_sid = ? AND so_far = ? AND ended IS NULL AND turns"
+                " < ? AND ? = (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND"
+                " guess = 0)", [call_sid, self._hash(so_far), most, after, call_sid]).fetchone()
+            guesses = database.execute("SELECT delivery FROM turns WHERE call_sid = ?"
+                                       " AND guess = 1", [call_sid]).fetchall()
+            if not found or len(guesses) >= 3 or (so_far,) in guesses or (
+                    self._turns_today(database) >= most_today):
+                return None
+            turn = self._next_turn(database, call_sid)
+            self._insert(database, call_sid, turn, so_far, words, time.time(), guess=1)
+            return turn
+
     # --- The end of a call, and what is kept after it
 
     def end(self, call_sid):
@@ -203,6 +283,7 @@ class Store:
             *counts, trusted = database.execute(
                 "SELECT turns, tokens_in, tokens_out, trusted FROM calls WHERE call_sid = ?",
                 [call_sid]).fetchone()
+            database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1", [call_sid])
             if not self.keep_days or trusted == -1:
                 database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
                 database.execute("UPDATE calls SET caller = NULL WHERE call_sid = ?", [call_sid])
@@ -292,6 +373,21 @@ class Store:
         touched = now if touched is None else touched
         database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
                          " ON CONFLICT DO NOTHING", [call_sid, now, touched])
+
+    @staticmethod
+    def _next_turn(database, call_sid):
+        return database.execute("SELECT COALESCE(MAX(turn), 0) + 1 FROM turns WHERE call_sid = ?",
+                                [call_sid]).fetchone()[0]
+
+    @staticmethod
+    def _insert(database, call_sid, turn, delivery, words, spoke_at, stop=None, guess=0):
+        database.execute("INSERT INTO turns (call_sid, turn, delivery, words, spoke_at, stop,"
+                         " guess, touched) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                         [call_sid, turn, delivery, words, spoke_at, stop, guess, time.time()])
+
+    @staticmethod
+    def _hash(words):
+        return hashlib.sha256(words.encode()).hexdigest()
 
     @staticmethod
     def _turns_today(database):
