@@ -315,7 +315,7 @@ def hand_over():
     if "Digits" not in request.values:
         turn = number_in_url("turn")
         found = line.store.turns(request.args.get("call_sid"), turn, turn)
-        reason = [stop.partition(":")[2] for _, _, stop, _ in found if stop]
+        reason = [row["stop"].partition(":")[2] for row in found if row["stop"]]
         if not reason:
             return goodbye()  # the caller is gone
         gather = response.gather(input="dtmf", num_digits=1, finish_on_key="", timeout=10,

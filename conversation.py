@@ -458,6 +458,8 @@ class Writer:
 
         def call():
             try:
+                if tool_use["name"] not in [tool["name"] for tool in self.tools]:
+                    raise LookupError("there is no such tool")
                 results.append(TOOLS[tool_use["name"]].call(tool_use["input"]))
             except BaseException as error:
                 results.append(ToolError(f"{type(error).__name__}: {error}"))
@@ -470,6 +472,7 @@ class Writer:
         while thread.is_alive() and time.monotonic() < began + TOOL_TIMEOUT:
             self._keep("")
             thread.join(SIGN_OF_LIFE)
+        self._keep("")  # raises CallerGone, and saves a request, if the caller has hung up
         self.last_sentence = time.monotonic()
         result = results[0] if results else ToolError("too slow")
         log.info("call %s turn %d: tool %s %d ms, %s", self.call_sid, self.turn, tool_use["name"],
