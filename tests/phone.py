@@ -191,8 +191,8 @@ class Phone:
     def say(self, words, token=None, after=None):
         """Speak, whatever is being said at the moment. The same token again is the same delivery again.
 
-        ``after`` so many seconds since the line began to say its last words. To speak then takes time too, and Twilio
-        notices the end of the words a second late.
+        ``after`` so many seconds since the line began to say its last words. To speak then takes
+        time too, and Twilio notices the end of the words a second late.
         """
         if not self.listens_to("speech"):
             return self.stay_silent()

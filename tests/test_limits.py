@@ -1,4 +1,4 @@
-"""Two limits of the line: how much it may cost in a day, and what a caller can really have heard."""
+"""Two limits: how much the line may cost in a day, and what a caller can really have heard."""
 
 import concurrent.futures
 import contextlib
@@ -75,7 +75,9 @@ def test_all_calls_together_have_so_many_turns_in_any_24_hours(stage):
         assert phone.say("Is it tomorrow?") == "You said: Is it tomorrow?"
         assert phone.say("It is!", token="the same") == phone.say("It is!", token="the same")
         with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as database:
-            turns = database.execute("SELECT turns FROM calls WHERE call_sid = ?", [phone.call_sid]).fetchone()
+            turns = database.execute(
+                "SELECT turns FROM calls WHERE call_sid = ?", [phone.call_sid]
+            ).fetchone()
         assert turns == (2,), "a second delivery is no second turn"
         assert "Traceback" not in app.log()
 
@@ -103,7 +105,7 @@ def how_many(text):
 
 
 def listen(stage, app, name, words, first_part=False):
-    """A caller who just begins to hear a reply of so many words; or has heard its first part before."""
+    """A caller who just begins to hear a reply of so many words; or has heard its first part."""
     phone = stage.phone(app, speaking_rate=SPEAKING_RATE if first_part else None)
     phone.call()
     stage.claude.when(f"Tell {name}.", Reply(story(name, words), pace=60 if first_part else None))
@@ -122,39 +124,54 @@ def at_once(*functions):
 
 
 def cut_in(stage, app, seconds, words=60, first_part=False):
-    """Cut in so many seconds after the last part began; Claude must not be sent much more or less."""
+    """Cut in so many seconds after the last part began; Claude is sent about as much as was heard."""
     name = f"c{seconds:.0f}x"
     phone = listen(stage, app, name, words, first_part)
-    part = sum(how_many(text) for text, _, could_cut_in in phone.said if could_cut_in and name in text)
+    part = sum(
+        how_many(text) for text, _, could_cut_in in phone.said if could_cut_in and name in text
+    )
     assert (part < words) == first_part
     mine = f"Stop at {seconds} of {name}."
     phone.say(mine, after=seconds)
     heard = sent_back(stage, mine)
     assert heard.endswith(CUT) and story(name, words).startswith(heard.removesuffix(CUT))
     really = words - part + seconds * SPEAKING_RATE
-    assert abs(how_many(heard) - really) <= max(5, part / 4), f"{how_many(heard)} of {words}, really {really}"
+    assert abs(how_many(heard) - really) <= max(5, part / 4), (
+        f"{how_many(heard)} of {words}, really {really}"
+    )
     phone.say("Go on.")
-    (request,) = [one for one in stage.claude.asked("Go on.") if one.messages[0][1] == f"Tell {name}."]
+    (request,) = [
+        one for one in stage.claude.asked("Go on.") if one.messages[0][1] == f"Tell {name}."
+    ]
     assert request.messages[1] == ("assistant", heard), "what is sent grows at its end only"
     return phone, heard
 
 
 @meanwhile
 def test_a_reply_that_was_cut_in_on_is_sent_up_to_about_there(stage):
-    at_once(*(lambda seconds=seconds: cut_in(stage, stage.app, seconds) for seconds in (2.0, 7.0, 13.0)),
-            lambda: cut_in(stage, stage.app, 5.0, first_part=True))
+    at_once(
+        *(
+            lambda seconds=seconds: cut_in(stage, stage.app, seconds)
+            for seconds in (2.0, 7.0, 13.0)
+        ),
+        lambda: cut_in(stage, stage.app, 5.0, first_part=True),
+    )
 
 
 @meanwhile
 def test_a_cut_before_the_first_word_is_no_silence_of_claudes(stage):
     phone = listen(stage, stage.app, "early", 40)
-    phone.say("No, wait, listen to me for a moment please.", after=-2.5)  # while "Tell" was answered
+    phone.say(
+        "No, wait, listen to me for a moment please.", after=-2.5
+    )  # while "Tell" was answered
     assert sent_back(stage, "No, wait, listen to me for a moment please.") == CUT.strip()
 
 
 def hear_it_all(stage, app, name, words, mine, rate):
     phone = listen(stage, app, name, words)
-    asked = words / rate + 0.1 + len(mine.split()) / rate + 1.0  # the caller speaks as fast as the voice
+    asked = (
+        words / rate + 0.1 + len(mine.split()) / rate + 1.0
+    )  # the caller speaks as fast as the voice
     phone.say(mine, after=asked - len(mine.split()) / SPEAKING_RATE - 1.0)
     assert sent_back(stage, mine) == story(name, words), f"at {rate} words a second"
 
@@ -167,7 +184,9 @@ def test_a_reply_that_was_heard_to_its_end_is_sent_whole(stage):
         lambda: hear_it_all(stage, stage.app, "fast", 40, "At three words a second.", 3.0),
         lambda: hear_it_all(stage, stage.app, "short", 3, "At three words a second, too.", 3.0),
         lambda: hear_it_all(stage, stage.app, "both", 30, f"{long * 3} if I may.", 3.0),
-        lambda: after_silence(stage), lambda: by_key(stage))
+        lambda: after_silence(stage),
+        lambda: by_key(stage),
+    )
 
 
 def after_silence(stage):
@@ -183,7 +202,11 @@ def by_key(stage):
     phone = listen(stage, stage.app, "key", 40)
     time.sleep(3.0)
     phone.press("5")
-    requests = [one for one in stage.claude.asked("[The caller pressed 5]") if one.messages[0][1] == "Tell key."]
+    requests = [
+        one
+        for one in stage.claude.asked("[The caller pressed 5]")
+        if one.messages[0][1] == "Tell key."
+    ]
     heard = requests[0].messages[1][1]
     assert heard.endswith(CUT) and abs(how_many(heard) - 3.0 * SPEAKING_RATE) <= 10
 
@@ -194,11 +217,24 @@ def test_a_cut_is_known_in_every_process_and_shows_in_the_transcript(stage):
         phone, heard = cut_in(stage, app, 6.0, words=59)
         command = [sys.executable, "-m", "flask", "calls", phone.call_sid]
         written, parsed = (
-            subprocess.run([*command, *more], cwd=ROOT, env=app.environ, capture_output=True, text=True, check=True).stdout
-            for more in ([], ["--json"]))
+            subprocess.run(
+                [*command, *more],
+                cwd=ROOT,
+                env=app.environ,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for more in ([], ["--json"])
+        )
         heard = heard.removesuffix(CUT)
         first, second, third = json.loads(parsed)
-        assert first["heard"].strip() == heard and how_many(heard) + how_many(first["not_heard"]) == 59
+        assert (
+            first["heard"].strip() == heard and how_many(heard) + how_many(first["not_heard"]) == 59
+        )
         assert second["caller"].startswith("Stop at") and third["caller"] == "Go on."
         assert third["not_heard"] == "" and third["heard"].strip() == "You said: Go on."
-        assert re.search(rf"Claude: {re.escape(heard)} ?\[cut in\] {re.escape(first['not_heard'].strip())}", written)
+        assert re.search(
+            rf"Claude: {re.escape(heard)} ?\[cut in\] {re.escape(first['not_heard'].strip())}",
+            written,
+        )

@@ -33,30 +33,40 @@ def app(stage):
 @pytest.fixture
 def dial(stage, app):
     """A function that calls from a number and says words; the caller then still holds the line."""
+
     def dial(number, *said, verdict=PROVED, app=app):
-        phone = stage.phone(app, number=number, **({} if verdict is None else {"StirVerstat": verdict}))
+        phone = stage.phone(
+            app, number=number, **({} if verdict is None else {"StirVerstat": verdict})
+        )
         phone.call()
         phone.params.pop("StirVerstat", None)  # nobody knows whether Twilio says it again
         for words in said:
             phone.say(words)
         return phone
+
     return dial
 
 
 @pytest.fixture
 def call(dial):
     """The same, and the caller hangs up."""
+
     def call(*number_and_words, **more):
         phone = dial(*number_and_words, **more)
         phone.hang_up()
         assert phone.warnings == []
         return phone
+
     return call
 
 
 def asked(claude, words):
     """The request for these words of the caller, with or without the note that begins a call."""
-    found = [one for one in claude.requests if one.words.removeprefix("[The call of now begins.] ") == words]
+    found = [
+        one
+        for one in claude.requests
+        if one.words.removeprefix("[The call of now begins.] ") == words
+    ]
     assert len(found) == 1
     return found[0]
 
@@ -71,7 +81,9 @@ def wind_back(app, phone, seconds):
     """Let time pass for this call, as another process sees the file."""
     with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as database, database:
         database.execute("PRAGMA secure_delete = ON")
-        done = database.execute("UPDATE calls SET touched = touched - ? WHERE call_sid = ?", [seconds, phone.call_sid])
+        done = database.execute(
+            "UPDATE calls SET touched = touched - ? WHERE call_sid = ?", [seconds, phone.call_sid]
+        )
         assert done.rowcount == 1
 
 
@@ -88,25 +100,43 @@ def test_a_caller_whose_number_is_proved_goes_on_where_the_last_call_ended(call,
     today = f"{datetime.datetime.now():%A, %d %B %Y}"
     call("+15551237001", "I am Bo.")
     phone = dial("+15551237001", "Where were we?")
-    assert f"{datetime.datetime.now():%A, %d %B %Y}" != today or asked(claude, "Where were we?").messages == [
+    assert f"{datetime.datetime.now():%A, %d %B %Y}" != today or asked(
+        claude, "Where were we?"
+    ).messages == [
         ("user", f"[A call on {today}.] I am Bo."),
         ("assistant", "You said: I am Bo."),
         ("user", "[The call of now begins.] Where were we?"),
     ]
     phone.say("And then?")
     sent = [asked(claude, words).messages for words in ("Where were we?", "And then?")]
-    assert sent[1][:3] == sent[0], "what is sent grows at its end, or it would cost ten times as much"
+    assert sent[1][:3] == sent[0], (
+        "what is sent grows at its end, or it would cost ten times as much"
+    )
     phone.hang_up()
     call("+15551237001", "And in a third call?")
-    sent = [words for role, words in asked(claude, "And in a third call?").messages if role == "user"]
+    sent = [
+        words for role, words in asked(claude, "And in a third call?").messages if role == "user"
+    ]
     assert [re.sub(r"\[A call on .*?\]", "[A call.]", words) for words in sent] == [
-        "[A call.] I am Bo.", "[A call.] Where were we?", "And then?",
+        "[A call.] I am Bo.",
+        "[A call.] Where were we?",
+        "And then?",
         "[The call of now begins.] And in a third call?",
     ]
 
 
-FORGED = [None, "", PROVED.lower(), f"{PROVED}-Diverted", f"{PROVED} ", "TN-Validation-Passed-B", "TN-Validation-Failed",
-          "TN-Validation-Failed-A", "No-TN-Validation", f"TN-Validation-Failed,{PROVED}"]
+FORGED = [
+    None,
+    "",
+    PROVED.lower(),
+    f"{PROVED}-Diverted",
+    f"{PROVED} ",
+    "TN-Validation-Passed-B",
+    "TN-Validation-Failed",
+    "TN-Validation-Failed-A",
+    "No-TN-Validation",
+    f"TN-Validation-Failed,{PROVED}",
+]
 
 
 def test_nobody_else_is_sent_a_word_or_plants_one(call, claude):
@@ -119,11 +149,27 @@ def test_nobody_else_is_sent_a_word_or_plants_one(call, claude):
         assert "marzipan" not in json.dumps(asked(claude, words).body)
     call(number, "What is the cake of?")
     assert said_before(claude, "What is the cake of?") == [
-        "The cake is of marzipan.", "You said: The cake is of marzipan."]
+        "The cake is of marzipan.",
+        "You said: The cake is of marzipan.",
+    ]
 
 
-NOBODY = ["anonymous", "unknown", "", "Restricted", "+266696687", "+7378742833", "+2562533", "+8656696",
-          "+86282452253", "sip:+15551237003@example.com", "client:bo", "15551237003", "+1 (555) 123-7003", "+0"]
+NOBODY = [
+    "anonymous",
+    "unknown",
+    "",
+    "Restricted",
+    "+266696687",
+    "+7378742833",
+    "+2562533",
+    "+8656696",
+    "+86282452253",
+    "sip:+15551237003@example.com",
+    "client:bo",
+    "15551237003",
+    "+1 (555) 123-7003",
+    "+0",
+]
 
 
 def test_a_withheld_or_odd_number_is_nobodys(call, claude, app):
@@ -141,7 +187,10 @@ def test_two_numbers_never_mix(call, claude):
         call(number, f"I am {number}.")
     for number in numbers:
         call(number, f"Who am I, {number}?")
-        assert said_before(claude, f"Who am I, {number}?") == [f"I am {number}.", f"You said: I am {number}."]
+        assert said_before(claude, f"Who am I, {number}?") == [
+            f"I am {number}.",
+            f"You said: I am {number}.",
+        ]
 
 
 def test_no_more_than_forty_turns_are_sent(call, dial, claude):
@@ -180,7 +229,10 @@ def test_claude_stops_writing_when_the_caller_hangs_up(dial, claude):
 
 
 def test_after_keep_days_not_a_byte_is_left(call, dial, claude, app, stage):
-    old, new = call("+15551237008", "Rhubarb and custard."), call("+15551237009", "Quinces and pears.")
+    old, new = (
+        call("+15551237008", "Rhubarb and custard."),
+        call("+15551237009", "Quinces and pears."),
+    )
     lost = dial("+15551237010", "Medlars and sloes.")  # its end is never reported
     wind_back(app, old, KEEP_DAYS * A_DAY - 600)
     wind_back(app, new, 600)
@@ -190,7 +242,9 @@ def test_after_keep_days_not_a_byte_is_left(call, dial, claude, app, stage):
         wind_back(app, phone, KEEP_DAYS * A_DAY + 60)
     with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as reader:
         reader.execute("BEGIN")
-        reader.execute("SELECT * FROM turns").fetchone()  # as a backup does, while the next requests come
+        reader.execute(
+            "SELECT * FROM turns"
+        ).fetchone()  # as a backup does, while the next requests come
         stage.phone(app).call()
     for _ in range(20):  # whichever process was kept from it by the reader does it now
         stage.phone(app).call()
@@ -203,7 +257,9 @@ def test_after_keep_days_not_a_byte_is_left(call, dial, claude, app, stage):
 
 
 def forgetting(claude, words):
-    claude.when(words, Reply("One moment.", blocks=[Tool("forget_me")], then=Reply("It is forgotten.")))
+    claude.when(
+        words, Reply("One moment.", blocks=[Tool("forget_me")], then=Reply("It is forgotten."))
+    )
     return words
 
 
@@ -231,7 +287,12 @@ def test_forget_me_leaves_not_a_byte(call, dial, claude, app):
 
 def test_who_only_claims_a_number_forgets_nobody_elses_words(call, claude, app):
     call("+15551237013", "I like liquorice.")
-    call("+15551237013", "I hate pepper.", forgetting(claude, "Forget the second of me."), verdict=f"{PROVED}-Diverted")
+    call(
+        "+15551237013",
+        "I hate pepper.",
+        forgetting(claude, "Forget the second of me."),
+        verdict=f"{PROVED}-Diverted",
+    )
     assert b"pepper" not in everything_in(app)
     call("+15551237013", "What do I still like?")
     assert said_before(claude, "What do I still like?")[0] == "I like liquorice."
@@ -270,7 +331,9 @@ def test_with_keep_days_0_there_is_nothing_to_go_on_from_or_to_forget(stage, cla
 
 def flask_calls(app, *arguments):
     command = [sys.executable, "-m", "flask", "calls", *arguments]
-    ran = subprocess.run(command, cwd=ROOT, env=app.environ, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        command, cwd=ROOT, env=app.environ, capture_output=True, text=True, timeout=120
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     return ran.stdout
 
@@ -290,8 +353,8 @@ def test_the_owner_reads_what_was_said(call, dial, app):
 
 # --- Clocks ---------------------------------------------------------------------------------------
 
-# libfaketime can't leave the monotonic clock alone: Python's sleep then fails. Hence a clock of our own,
-# which moves the time of the day only, by as many seconds as a file says.
+# libfaketime can't leave the monotonic clock alone: Python's sleep then fails. Hence a clock of
+# our own, which moves the time of the day only, by as many seconds as a file says.
 CLOCK = r"""
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -317,16 +380,27 @@ def test_a_clock_that_jumps_by_a_day_ends_no_call_and_forgets_nothing(stage):
         pytest.skip("needs Linux, and a compiler for C")
     with tempfile.TemporaryDirectory() as folder:
         shift, clock = f"{folder}/shift", f"{folder}/clock.so"
-        subprocess.run([compiler, "-shared", "-fPIC", "-xc", "-", "-o", clock], input=CLOCK, text=True, check=True)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-xc", "-", "-o", clock],
+            input=CLOCK,
+            text=True,
+            check=True,
+        )
         with stage.other_app(KEEP_DAYS="1", LD_PRELOAD=clock, CLOCK_SHIFT=shift) as app:
-            for number, (name, seconds) in enumerate({"on": 90000, "back": 0, "further": -90000}.items()):
+            for number, (name, seconds) in enumerate(
+                {"on": 90000, "back": 0, "further": -90000}.items()
+            ):
                 number = f"+1555123711{number}"
-                the_clock_jumps(stage, app, number, name, lambda: pathlib.Path(shift).write_text(str(seconds)))
+                the_clock_jumps(
+                    stage, app, number, name, lambda: pathlib.Path(shift).write_text(str(seconds))
+                )
 
 
 def the_clock_jumps(stage, app, number, name, jump):
     """While one call has ended, one is on, and one hears a reply that is being written."""
-    first, on, listening = (stage.phone(app, number=number + last, StirVerstat=PROVED) for last in "012")
+    first, on, listening = (
+        stage.phone(app, number=number + last, StirVerstat=PROVED) for last in "012"
+    )
     assert first.call() == "Hello, this is Claude speaking!"
     first.say(f"My clock goes {name}.")
     first.hang_up()
@@ -340,13 +414,20 @@ def the_clock_jumps(stage, app, number, name, jump):
     assert listening.say(words) == story.strip()
     listening.on_hearing = None
     on.say(f"Am I still here after it went {name}?")
-    assert said_before(stage.claude, f"Am I still here after it went {name}?")[0] == f"I am here while it goes {name}."
+    assert (
+        said_before(stage.claude, f"Am I still here after it went {name}?")[0]
+        == f"I am here while it goes {name}."
+    )
     again = stage.phone(app, number=first.params["From"], StirVerstat=PROVED)
     again.call()
     again.say(f"Where did my clock go, {name}?")
-    assert said_before(stage.claude, f"Where did my clock go, {name}?")[0] == f"My clock goes {name}."
+    assert (
+        said_before(stage.claude, f"Where did my clock go, {name}?")[0] == f"My clock goes {name}."
+    )
     listening.say(f"Thank you for {name}.", after=len(story.split()) / 2.5)
-    assert said_before(stage.claude, f"Thank you for {name}.")[-1] == story.strip(), "in doubt the whole was heard"
+    assert said_before(stage.claude, f"Thank you for {name}.")[-1] == story.strip(), (
+        "in doubt the whole was heard"
+    )
     for phone in (on, listening, again):
         phone.hang_up()
         assert phone.warnings == []

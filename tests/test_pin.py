@@ -33,7 +33,7 @@ def phone(stage, app):
 
 @pytest.fixture
 def nothing_begins(app, claude):
-    """A function that returns whether Claude was asked, or words were kept, since the test began."""
+    """A function that tells whether Claude was not asked, and no words were kept, until now."""
     asked = len(claude.requests)
     yield lambda: len(claude.requests) == asked and b"Let me in" not in everything_in(app)
 
@@ -53,7 +53,18 @@ def test_the_greeting_comes_after_the_pin(phone, app):
     phone.hang_up()
 
 
-WRONG_ONES = ["135791", "13579", "1357900", "1357901357901", "135790135790", "*135790", "135790*", "0", "", "1" * 200]
+WRONG_ONES = [
+    "135791",
+    "13579",
+    "1357900",
+    "1357901357901",
+    "135790135790",
+    "*135790",
+    "135790*",
+    "0",
+    "",
+    "1" * 200,
+]
 
 
 @pytest.mark.parametrize("keys", WRONG_ONES)
@@ -98,7 +109,9 @@ WAYS_IN = {
     "the fallback": ("/talking", {"ErrorCode": "11200", "ErrorUrl": f"{PUBLIC_URL}/"}),
     "the fallback, with words": ("/talking", {"ErrorCode": "11200", "SpeechResult": "Let me in."}),
     "the fallback, with the digits": (
-        "/talking", {"ErrorCode": "11200", "ErrorUrl": f"{PUBLIC_URL}/?tries=1", "Digits": PIN}),
+        "/talking",
+        {"ErrorCode": "11200", "ErrorUrl": f"{PUBLIC_URL}/?tries=1", "Digits": PIN},
+    ),
     "no try": ("/?tries=0", {"Digits": PIN}),
     "a try that isn't one": ("/?tries=", {"Digits": PIN}),
     "a proved number": ("/", {"StirVerstat": PROVED}),
@@ -128,7 +141,9 @@ def test_a_failure_gives_no_new_tries(phone):
 def test_a_second_delivery_is_no_second_try_and_lets_nobody_else_in(stage, phone, app):
     phone.call()
     for _ in range(2):
-        answer = phone.request("POST", "/?tries=1", {**phone.params, "Digits": "000000"}, "the same")
+        answer = phone.request(
+            "POST", "/?tries=1", {**phone.params, "Digits": "000000"}, "the same"
+        )
         assert b"tries=2" in answer.body
     for _ in range(2):
         answer = phone.request("POST", "/?tries=2", {**phone.params, "Digits": PIN}, "another")
@@ -140,13 +155,17 @@ def test_a_second_delivery_is_no_second_try_and_lets_nobody_else_in(stage, phone
         one.hang_up()
 
 
-def test_a_disk_that_fails_behind_the_pin_is_an_apology_and_no_open_door(phone, app, nothing_begins):
+def test_a_disk_that_fails_behind_the_pin_is_an_apology_and_no_open_door(
+    phone, app, nothing_begins
+):
     phone.call()
     with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as database:
         for change in ("INSERT", "UPDATE"):
             with database:
                 database.execute(
-                    f"CREATE TRIGGER no_{change} BEFORE {change} ON calls BEGIN SELECT RAISE(ABORT, 'no'); END")
+                    f"CREATE TRIGGER no_{change} BEFORE {change} ON calls"
+                    " BEGIN SELECT RAISE(ABORT, 'no'); END"
+                )
         assert phone.press(f"{PIN}#") == SORRY
         assert phone.say("Let me in.") == KEY_IN
         assert phone.press(f"{PIN}#") == SORRY
