@@ -124,7 +124,7 @@ def at_once(*functions):
 
 
 def cut_in(stage, app, seconds, words=60, first_part=False):
-    """Cut in so many seconds after the last part began; Claude is sent about as much as was heard."""
+    """Cut in so many seconds after the last part began; Claude is sent about that much."""
     name = f"c{seconds:.0f}x"
     phone = listen(stage, app, name, words, first_part)
     part = sum(
