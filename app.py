@@ -210,7 +210,7 @@ def say(verb, *texts):
         language = language_of_call()
         if text in OWN_WORDS and not language.startswith("en") and language:
             # In the call's language, once they are translated; until then in English.
-            translated = own_words(line, OWN_WORDS, language)
+            translated = own_words(line, OWN_WORDS, language, may_ask="before_pin" not in g)
             text, language = translated.get(text, text), language if translated else "en-US"
         for piece in PIECE.findall(text.strip()):
             verb.say(piece, voice=settings.voices.get(language), language=language or None)
@@ -449,6 +449,7 @@ def only_with_pin():
             line.store.open(call_sid, own_number(), trusted=True)
             return None
         log.warning("call %s: PIN wrong or missing, %d of 3", call_sid, tries)
+    g.before_pin = True
     if tries >= 3:
         return goodbye(WRONG_PIN, GOODBYES["hang_up"])
     response, again = VoiceResponse(), url("/", tries=tries + 1)

@@ -232,7 +232,7 @@ def forget_me() -> str:
     when the caller asks to be forgotten, and is sure."""
     writer = writing.get()
     writer.line.store.forget_caller(writer.call_sid, writer.turn)
-    return "All of it is deleted, and this call will be when it ends."
+    return "What is known to be this caller's is deleted, and this call will be when it ends."
 
 
 TOOLS = {tool.name: tool for tool in list(vars().values()) if isinstance(tool, BetaFunctionTool)}
@@ -650,11 +650,12 @@ def speakable(text):
 TRY_AGAIN = 300.0  # seconds until a translation that failed is asked for again
 
 
-def own_words(line, phrases, language):
+def own_words(line, phrases, language, may_ask):
     """The line's own words in a language, as {English: words}. Empty until Claude has translated
-    them: the first to need them has that done in a thread, and no caller waits for it."""
+    them: the first to need them, and who may ask Claude, has that done in a thread, and no caller
+    waits for it."""
     words, again = line.translations.get(language, ({}, 0.0))
-    if not words and line.claude and time.monotonic() >= again:
+    if not words and may_ask and line.claude and time.monotonic() >= again:
         line.translations[language] = {}, time.monotonic() + TRY_AGAIN
         threading.Thread(target=translate, args=[line, phrases, language], daemon=True).start()
     return words

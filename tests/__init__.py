@@ -19,6 +19,9 @@ Tests, all of which ``python -m pytest`` runs:
     test_tools.py            what Claude can do: tools, also one's own, and a look into the web
     test_languages.py        a call in more than one language
     test_hand_over.py        a call is handed over to a person
+    test_memory.py           what the line remembers of earlier calls, and for how long
+    test_pin.py              a lock before everything else
+    test_limits.py           the limit of a day, and what a caller has really heard
     test_connect.py          ``flask connect`` and ``flask ring``
     test_readme.py           the README keeps its word
     test_unnoticed.py        what could break without anybody noticing
