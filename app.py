@@ -186,6 +186,11 @@ def number_in_url(name):
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
 # A document takes 64 kB. 8000 characters of 5 bytes ("&amp;") are 40 kB, with room for the tags.
 LONGEST_ANSWER = 8000
+# Behind each URL: where no process answers, for example during a deploy, Twilio tries again
+# (https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides), 5 times at most, and
+# for 15 s in all. The same delivery is the same turn. 8 s (``rt``) are more than an answer takes,
+# and leave 7 s for another process: enough for the 6 s of PATIENCE.
+RETRIES = "#rc=5&rp=5xx,ct,rt&rt=8000"
 
 
 def twiml(response):
@@ -201,7 +206,7 @@ def url(path, **query):
     query |= {"language": g.language} if language_of_call() != settings.languages[0] else {}
     if settings.think_ahead and path.endswith(("/talking", "/listening")):
         query["after"] = g.get("after") or number_in_url("after")  # so many turns there were
-    return f"{path}?{urlencode(sorted(query.items()))}" if query else path
+    return path + (f"?{urlencode(sorted(query.items()))}" if query else "") + RETRIES
 
 
 def say(verb, *texts):
@@ -593,9 +598,9 @@ def page():
     base = settings.public_url or request.host_url.rstrip("/")
     text = f"""Voice Claude is running. The addresses for your Twilio number, all with POST:
 
-    A call comes in         {base}/
-    Primary handler fails   {base}/talking
-    Call status changes     {base}/status_callback\n"""
+    A call comes in         {base}/{RETRIES}
+    Primary handler fails   {base}/talking{RETRIES}
+    Call status changes     {base}/status_callback{RETRIES}\n"""
     for name in "TWILIO_AUTH_TOKEN", "ANTHROPIC_API_KEY":
         text += "" if getattr(settings, name.lower()) else f"\n{name} is not set yet.\n"
     return app.response_class(text, mimetype="text/plain")
@@ -675,7 +680,7 @@ def line_at(address, number):
         urls = {}
         for name, path in ("voice_url", "/"), ("voice_fallback_url", "/talking"), (
                 "status_callback", "/status_callback"):
-            urls |= {name: address + path, f"{name.removesuffix('_url')}_method": "POST"}
+            urls |= {name: address + path + RETRIES, f"{name.removesuffix('_url')}_method": "POST"}
         yield twilio, own[number], urls
     except TwilioRestException as error:
         both = "TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN as https://console.twilio.com shows them"

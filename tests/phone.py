@@ -123,6 +123,7 @@ class Phone:
         headers: what that proxy adds to a request.
         method: how Twilio asks for a call that comes in.
         speaking_rate: words a second, if time is to pass while something is said.
+        retries: the fragment that the number's own URLs have, as in "#rc=3".
         params: more of what Twilio posts, or something else than usual.
 
     Every verb of the caller returns what is heard until the line listens again, or the call has ended.
@@ -147,6 +148,7 @@ class Phone:
         headers=None,
         method="POST",
         speaking_rate=None,
+        retries="",
         **params,
     ):
         self.url = url.rstrip("/")
@@ -155,6 +157,7 @@ class Phone:
         self.headers = headers or {}
         self.method = method
         self.speaking_rate = speaking_rate
+        self.retries = retries
         self.call_sid = "CA" + secrets.token_hex(16)
         self.params = {
             "CallSid": self.call_sid,
@@ -186,7 +189,7 @@ class Phone:
 
     def call(self):
         """Dial."""
-        return self.webhook("/", method=self.method)
+        return self.webhook("/" + self.retries, method=self.method)
 
     def say(self, words, token=None, after=None):
         """Speak, whatever is being said at the moment. The same token again is the same delivery again.
@@ -224,7 +227,7 @@ class Phone:
         self.ended = self.ended or "hung up by the caller"
         self.params["CallStatus"] = status
         with contextlib.suppress(TwilioError, OSError):
-            self._ask(self._absolute("/status_callback"), "POST", {"CallDuration": "1"})
+            self._ask(self._absolute("/status_callback" + self.retries), "POST", {"CallDuration": "1"})
 
     def listens_to(self, what):
         """Whether the line listens now, to "speech" or to "dtmf"."""
@@ -391,7 +394,7 @@ class Phone:
             self.warned(str(error))
             fallback = {"ErrorCode": str(error.code), "ErrorUrl": urldefrag(url).url}
             try:
-                return self._document(self._absolute("/talking"), "POST", fallback)
+                return self._document(self._absolute("/talking" + self.retries), "POST", fallback)
             except TwilioError as second:
                 self.warned(f"{second} (the fallback)")
                 raise error from second  # what went wrong first is what has to be mended
@@ -629,15 +632,16 @@ class App:
             answer no call. An empty one leaves it without.
         folder: where app.py and the Procfile are.
         arguments: more for gunicorn.
+        inherits: a listening socket's file descriptor, if the app is to use that one.
     """
 
     _starting = threading.Semaphore(os.cpu_count() or 1)
 
-    def __init__(self, environ=None, *, folder=ROOT, arguments=""):
+    def __init__(self, environ=None, *, folder=ROOT, arguments="", inherits=None):
         self.scratch = tempfile.mkdtemp(prefix="voice-claude-")
         self.database = os.path.join(self.scratch, "calls.db")
         self.log_path = os.path.join(self.scratch, "log")
-        self.folder, self.arguments = folder, arguments
+        self.folder, self.arguments, self.inherits = folder, arguments, inherits
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -663,7 +667,8 @@ class App:
             procfile = ROOT / "Procfile"  # a learner's folder has none yet
         command = shlex.split(procfile.read_text().partition("web:")[2].splitlines()[0])
         command = [sys.executable, "-m", *command]  # gunicorn, of this environment
-        bind = f"--bind 127.0.0.1:{self.port} {self.arguments}"
+        address = f"127.0.0.1:{self.port}" if self.inherits is None else f"fd://{self.inherits}"
+        bind = f"--bind {address} {self.arguments}"
         try:
             # A Ctrl-C in the middle of Popen would leave a process that nobody ends.
             with open(self.log_path, "ab") as log, no_interruption():
@@ -674,6 +679,7 @@ class App:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    pass_fds=[] if self.inherits is None else [self.inherits],
                     start_new_session=True,  # so that it and its workers can be ended together
                 )
             until = time.monotonic() + 120  # seconds: a very busy machine needs most of a minute
@@ -702,9 +708,9 @@ class App:
         return pathlib.Path(self.log_path).read_text()
 
     def kill(self, number=signal.SIGKILL):
-        """Send a signal to all its processes; SIGTERM goes to the first one alone, as from a platform."""
+        """Send a signal to its first process, as a platform does; SIGKILL goes to all of them."""
         with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGTERM:
+            if number != signal.SIGKILL:
                 self.process.send_signal(number)
             else:
                 os.killpg(self.process.pid, number)

@@ -48,7 +48,7 @@ def test_two_calls_share_nothing(stage, claude):
 def test_every_field_of_gather_is_chosen(phone):
     phone.call()
     assert phone.gather == {
-        "input": "speech dtmf", "action": "/talking", "method": "POST", "timeout": "5", "speechTimeout": "auto",
+        "input": "speech dtmf", "action": "/talking#rc=5&rp=5xx,ct,rt&rt=8000", "method": "POST", "timeout": "5", "speechTimeout": "auto",
         "profanityFilter": "false", "numDigits": "1", "finishOnKey": "",
     }
 

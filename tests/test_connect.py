@@ -30,12 +30,13 @@ TOKEN, ANOTHER_TOKEN, PASSWORD = "the-secret-token", "another-secret-token", "my
 MINE, ALSO_MINE, A_FRIEND = "+15550009999", "+15550008888", "+15557654321"
 ADDRESS, OTHER = "https://my-line.example.com", "https://other.example.com"
 CONNECT, RING = ("connect", ADDRESS), ("ring", A_FRIEND, ADDRESS)
+RETRIES = "#rc=5&rp=5xx,ct,rt&rt=8000"  # for the time in which a new process starts
 NUMBER = {
-    "voice_url": f"{ADDRESS}/",
+    "voice_url": f"{ADDRESS}/{RETRIES}",
     "voice_method": "POST",
-    "voice_fallback_url": f"{ADDRESS}/talking",
+    "voice_fallback_url": f"{ADDRESS}/talking{RETRIES}",
     "voice_fallback_method": "POST",
-    "status_callback": f"{ADDRESS}/status_callback",
+    "status_callback": f"{ADDRESS}/status_callback{RETRIES}",
     "status_callback_method": "POST",
 }
 
@@ -50,10 +51,10 @@ def test_connect_points_the_number_at_the_line_and_says_where_it_was(owner, line
 
     assert "+15550009999 is now connected" in said
     assert re.findall(r"(?m)^    (\S+): (\S+) \(before: (.+)\)$", said) == [
-        ("voice_url", f"{ADDRESS}/", "https://old.example.com/@home"),
+        ("voice_url", NUMBER["voice_url"], "https://old.example.com/@home"),
         ("voice_method", "POST", "GET"),
-        ("voice_fallback_url", f"{ADDRESS}/talking", "nothing"),
-        ("status_callback", f"{ADDRESS}/status_callback", "nothing"),
+        ("voice_fallback_url", NUMBER["voice_fallback_url"], "nothing"),
+        ("status_callback", NUMBER["status_callback"], "nothing"),
     ]
     assert owner.done == [("IncomingPhoneNumbers/PN0.json", NUMBER)]
 
@@ -63,9 +64,9 @@ def test_connect_points_the_number_at_the_line_and_says_where_it_was(owner, line
     phone.say("Who is there?")
     phone.hang_up()
     assert [(url, status) for url, _, _, status in phone.webhooks] == [
-        (NUMBER["voice_url"], 200),
-        (NUMBER["voice_fallback_url"], 200),
-        (NUMBER["status_callback"], 204),
+        (f"{ADDRESS}/", 200),
+        (f"{ADDRESS}/talking", 200),
+        (f"{ADDRESS}/status_callback", 204),
     ]
 
 

@@ -517,7 +517,7 @@ def the_page_knows_the_public_address_and_the_missing_key(app):
     status, page = get(app, "/")
     assert status == 200 and "ANTHROPIC_API_KEY" in page
     for path in ("/", "/talking", "/status_callback"):
-        assert re.search(rf"{re.escape(HIDDEN_URL + path)}\s", page)
+        assert re.search(rf"{re.escape(HIDDEN_URL + path)}#rc=\S+\n", page)
     assert "127.0.0.1" not in page, "that isn't where Twilio finds it"
 
 
@@ -525,7 +525,7 @@ def test_the_page_takes_its_address_from_the_request_and_finds_no_fault(stage):
     status, page = get(stage.app, "/")
     assert status == 200 and "ANTHROPIC_API_KEY" not in page
     for path in ("/", "/talking", "/status_callback"):
-        assert re.search(rf"https://127\.0\.0\.1:{stage.app.port}{path}\s", page)
+        assert re.search(rf"https://127\.0\.0\.1:{stage.app.port}{path}#rc=\S+\n", page)
 
 
 def test_a_look_whether_it_runs_needs_no_body(stage):
