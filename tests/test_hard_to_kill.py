@@ -21,6 +21,7 @@ import pytest
 from store import Store
 from tests.claude import Reply
 from tests.conftest import meanwhile, wait_until
+from tests.deploy import Router
 from tests.phone import parse
 
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
@@ -123,6 +124,63 @@ def test_sigterm_in_mid_turn_loses_nothing(stage):
         phone.say("What was it?")
         role, reply = stage.claude.asked("What was it?")[0].messages[1]
         assert role == "assistant" and reply.startswith(STORY[:34])  # the caller has cut in
+
+
+@meanwhile
+def test_new_code_under_a_call(stage):
+    """As the README says: the new worker is there before the old one goes, and both use one socket."""
+    stage.claude.when("Are you new?", Reply("Perhaps I am.", first_token=0.3))
+    with stage.other_app(MAX_TURNS="9999", MAX_TURNS_A_DAY="9999") as app:
+        phone = stage.phone(app)
+        phone.call()
+        old = app.workers()
+        app.kill(signal.SIGTTIN)
+
+        def the_new_one_is_loaded():
+            assert phone.say("Are you new?") == "Perhaps I am."
+            return app.log().count("INFO Voice Claude: model") == 2
+
+        wait_until(the_new_one_is_loaded, 120)
+        app.kill(signal.SIGTTOU)
+
+        def the_old_one_is_gone():
+            assert phone.say("Are you new?") == "Perhaps I am."
+            return not set(old) & set(app.workers())
+
+        wait_until(the_old_one_is_gone, 120)
+        assert phone.say("Are you new?") == "Perhaps I am."
+        assert phone.warnings == []
+
+
+@meanwhile
+def test_a_restart_on_one_port(stage):
+    with stage.other_app() as app:
+        phone = stage.phone(app)
+        phone.call()
+        phone.say("My name is Eve.")
+        old = app.process
+        app.kill(signal.SIGTERM)
+        assert old.wait(60) == 0
+        app.start()
+        assert phone.say("Who am I now, please?") == "You said: Who am I now, please?"
+        assert phone.warnings == []
+        (request,) = stage.claude.asked("Who am I now, please?")
+        assert request.messages[0] == ("user", "My name is Eve.")
+
+
+@meanwhile
+def test_a_router_that_finds_nobody_for_a_moment(stage):
+    """Twilio tries again, as the URLs tell it to; and where the app was asked already, it is the same turn."""
+    router = Router()
+    router.target = "127.0.0.1", stage.app.port
+    phone = stage.phone()
+    phone.url = router.url
+    phone.call()
+    router.failures = 4
+    assert phone.say("Did you hear me once?") == "You said: Did you hear me once?"
+    assert router.failures == 0 and phone.warnings == []
+    assert len(stage.claude.asked("Did you hear me once?")) == 1
+    router.close()
 
 
 # --- Deliveries and workers -----------------------------------------------------------------------------------------

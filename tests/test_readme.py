@@ -546,7 +546,8 @@ def test_the_three_urls_are_those_of_the_app(app_module):
     assert len(rows) == 3
     for row in rows:
         name, url, _ = row.cells
-        assert url.strip("`").removeprefix("https://…") in routes(app_module), row
+        path, hash_sign, retries = url.strip("`").removeprefix("https://…").partition("#")
+        assert path in routes(app_module) and hash_sign + retries == app_module.RETRIES, row
         assert name in CODE["app.py"], f"{row}: the app's own page calls it something else"
 
 
