@@ -516,7 +516,7 @@ SETTINGS = {
     "GREETING": ("Hello, this is Claude speaking!", TEXT, "words, without quotes around them"),
     "LANGUAGE": ("", rf"{TAG}(\s*,\s*{TAG})*", "a language, like en-GB, or several: en-GB,de-DE"),
     "VOICE": ("", r"[\w.-]+(\s*,\s*[\w.-]+)*", "a voice of Twilio's for each language in LANGUAGE"),
-    "SPEECH_MODEL": ("", r"[a-z]+[\w.-]*", "a speechModel of Twilio's, like deepgram_nova-3"),
+    "SPEECH_MODEL": ("", r"[a-z][\w.-]*", "a speechModel of Twilio's, like deepgram_nova-3"),
     "ALLOWED_CALLERS": ("", r"[+\d ().,/-]+", "numbers like +15551234567, separated by commas"),
     "MAX_TURNS": ("100", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
     "MAX_TURNS_A_DAY": ("1000", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
