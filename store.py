@@ -78,7 +78,7 @@ class Store:
         self._one_writer = threading.Lock()
         self._clock = time.time() - time.monotonic()  # changes where somebody sets the clock
         self._no_sweep_before = 0.0
-        self._well_until = 0.0
+        self._looking, self._looked, self._fault = threading.Lock(), float("-inf"), None
         self._to_end = set()  # the calls whose end isn't kept yet: Twilio reports it only once
         self._must_empty_log = True  # a process before this one may have left words there
 
@@ -356,17 +356,31 @@ class Store:
                                  [language, phrase, words[phrase]])
 
     def check(self):
-        """Write and read, to see whether the disk is well; once a second at most."""
-        if self._well_until > time.monotonic():
-            return
+        """Write and read, to see whether the disk is well; once a second at most, or as soon as
+        somebody asks again after a fault."""
+        asked = time.monotonic()
+        with self._looking:  # only one looks, and those who waited share what was found
+            if self._looked < (asked if self._fault else asked - 1.0):
+                try:
+                    self._fault = self._look()
+                except StoreError as error:
+                    self._fault = str(error)
+                self._looked = time.monotonic()
+            if self._fault:
+                raise sqlite3.OperationalError(self._fault)
+
+    def _look(self):
         self._idle.clear()  # only a new connection notices that a disk is lost
         with self._connection() as database:
             # The argument 1 stops the check at the first fault, which is enough to know.
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-        self.end("check")  # no such call, but it writes: otherwise a full disk would pass
-        self._well_until = time.monotonic() + 1.0
+        with self._writing() as database:  # or a full disk would pass
+            self._open_call(database, "check")  # no such call, but a row
+            now = time.time()
+            database.execute("UPDATE calls SET ended = ?, touched = ? WHERE call_sid = 'check'",
+                             [now, now])
 
     # --- What the methods above share
 
