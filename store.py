@@ -81,6 +81,7 @@ class Store:
         self._looking, self._looked, self._fault = threading.Lock(), float("-inf"), None
         self._to_end = set()  # the calls whose end isn't kept yet: Twilio reports it only once
         self._must_empty_log = True  # a process before this one may have left words there
+        self._clearing_up = None  # the thread that tries again
 
     # --- A call begins
 
@@ -276,6 +277,16 @@ class Store:
         """The call is over: keep nothing that comes late, and delete what was said, unless it is to
         be kept. Returns the (turns, tokens_in, tokens_out) that the call had."""
         self._to_end.add(call_sid)
+        try:
+            counts = self._end(call_sid)
+        except StoreError:
+            self._clear_up_later()
+            raise
+        self._to_end.discard(call_sid)
+        self._empty_log()
+        return counts
+
+    def _end(self, call_sid):
         with self._writing() as database:
             self._open_call(database, call_sid)
             now = time.time()
@@ -290,9 +301,7 @@ class Store:
             if not self.keep_days or trusted == -1:
                 database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
                 database.execute("UPDATE calls SET caller = NULL WHERE call_sid = ?", [call_sid])
-        self._to_end.discard(call_sid)
-        self._empty_log()
-        return counts
+            return counts
 
     def forget_caller(self, call_sid, turn):
         """Delete what was said in this call before this turn, and in the caller's earlier calls if
@@ -317,8 +326,8 @@ class Store:
 
     def sweep(self):
         """Forget what was kept for long enough, and the calls whose end Twilio never reported."""
-        for call_sid in list(self._to_end):
-            self.end(call_sid)
+        if self._must_empty_log:
+            self._empty_log(patience=0)
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > 60:
             # Somebody has set the clock. For an hour no call is older than it seems.
@@ -338,7 +347,6 @@ class Store:
             with self._writing() as database:
                 database.execute(f"DELETE {old_words}", [kept, silent, keep_none])
                 database.execute("DELETE FROM calls WHERE touched < ?", [kept])
-        if found or self._must_empty_log:
             self._empty_log()
 
     def phrases(self, language):
@@ -487,11 +495,31 @@ class Store:
             raise type(error)(f"{error}: {self.path}") from error
         return connection
 
-    def _empty_log(self):
+    def _empty_log(self, patience=LOCK_PATIENCE):
         """Empty SQLite's write-ahead log, where deleted words would stay for some time."""
         with self._connection() as database:
+            database.execute(f"PRAGMA busy_timeout = {patience * 1000:.0f}")
             (busy, _, _), = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._must_empty_log = bool(busy)  # somebody reads, like a backup: try again later
+            database.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000:.0f}")
+        self._must_empty_log = bool(busy)
+        if busy:  # somebody reads, like a backup
+            self._clear_up_later()
+
+    def _clear_up_later(self):
+        """What could not be deleted at the end of a call is tried again until it is, in a thread:
+        no caller waits for that."""
+        def clear_up():
+            while self._to_end or self._must_empty_log:
+                time.sleep(2)  # seconds: soon, and yet no load
+                with contextlib.suppress(StoreError):
+                    for call_sid in list(self._to_end):
+                        self.end(call_sid)
+                    self._empty_log()
+
+        if not (self._clearing_up and self._clearing_up.is_alive()):
+            self._clearing_up = threading.Thread(target=clear_up, daemon=True)
+            with contextlib.suppress(RuntimeError):  # the machine has no thread left for this one
+                self._clearing_up.start()
 
     @staticmethod
     def _make_tables(connection):
