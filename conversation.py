@@ -136,6 +136,7 @@ class Conversation:
                     writer.news.wait(SIGN_OF_LIFE)
                 elif writer or patience < age < AN_HOUR:
                     self.store.grow(self.call_sid, turn, "", stop="stalled")
+                    self.line.writers.pop((self.call_sid, turn), None)
                 elif not -SIGN_OF_LIFE < age < AN_HOUR:
                     self.store.grow(self.call_sid, turn, "")  # somebody has set the clock
                 else:
@@ -328,13 +329,14 @@ class Writer:
                 with contextlib.suppress(CallerGone):  # whoever ended the reply has kept how
                     self._keep(self.unfinished, stop)
                 self.line.store.count_tokens(self.call_sid, self.tokens_in, self.tokens_out)
+                # Only now: who asks for a reply whose end was not kept finds a Writer that is done.
+                self.line.writers.pop((self.call_sid, self.turn), None)
                 break
             except StoreError as error:
                 how = f"{how.partition(',')[0]}, and the database failed: {error}"
         with self.news:
             self.is_done = True
             self.news.notify_all()
-        del self.line.writers[self.call_sid, self.turn]
         if self.is_guess and self._is_still_a_guess():
             log.info("call %s: a guess, tokens %d in %d out, %s", self.call_sid, self.tokens_in,
                      self.tokens_out, how)
