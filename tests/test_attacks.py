@@ -176,3 +176,88 @@ def looks_at_its_health_cost_little(stage, app):
     finally:
         done.set()
     assert sum(wait() for wait in looks)
+
+
+# --- The disk -------------------------------------------------------------------------------------
+
+
+@meanwhile
+def test_the_end_of_a_call_and_of_a_reply_in_trouble(stage):
+    with stage.other_app() as app:
+        a_reply_whose_end_cannot_be_kept(stage, app)
+        words_are_gone_although_the_file_was_locked_at_the_end(stage, app)
+        words_are_gone_although_somebody_read_them_at_the_end(stage, app)
+        what_is_swept_leaves_no_byte(stage, app)
+        many_looks_at_a_disk_that_fails(stage, app)
+        assert "Traceback" not in app.log()
+
+
+def a_reply_whose_end_cannot_be_kept(stage, app):
+    words = "Tell me nothing."
+    stage.claude.when(words, Reply(status=400, first_token=1.0))
+    phone = stage.phone(app)
+    phone.call()
+    unlock = []
+
+    def while_one_moment_is_said(text):  # so no webhook waits when the process gives up
+        if text == "One moment.":
+            wait_until(lambda: f"call {phone.call_sid} turn 1: first" in app.log())
+            unlock[0]()
+
+    phone.on_hearing = while_one_moment_is_said
+    heard = in_thread(lambda: phone.say(words))
+    wait_until(lambda: stage.claude.asked(words))
+    unlock.append(lock(app))
+    heard = heard()
+    assert heard in (f"One moment. {SORRY}", SORRY)
+    if heard == SORRY:
+        unlock[0]()
+    assert "and the database failed" in app.log()
+    assert phone.webhooks[-1][2] < 6, "nobody waits for a sign of life once there can be none"
+
+
+def words_are_gone_although_the_file_was_locked_at_the_end(stage, app):
+    phone = stage.phone(app)
+    phone.call()
+    phone.say("Locked marmalade.")
+    unlock = lock(app)
+    phone.hang_up()  # Twilio reports that once, and nobody asks for anything afterwards
+    assert b"marmalade" in everything_in(app)
+    unlock()
+    wait_until(lambda: b"marmalade" not in everything_in(app))
+
+
+def words_are_gone_although_somebody_read_them_at_the_end(stage, app):
+    phone, other = stage.phone(app), stage.phone(app)
+    phone.call()
+    phone.say("Read tarragon.")
+    with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as backup:
+        backup.execute("BEGIN")
+        assert backup.execute("SELECT count(*) FROM turns").fetchone()[0]
+        phone.hang_up()
+        assert b"tarragon" in everything_in(app)
+        other.call()
+        assert other.say("Am I held up?") == "You said: Am I held up?"
+        assert max(seconds for _, _, seconds, _ in other.webhooks) < 6
+    wait_until(lambda: b"tarragon" not in everything_in(app))
+
+
+def what_is_swept_leaves_no_byte(stage, app):
+    phone = stage.phone(app)
+    phone.call()
+    phone.say("Swept coriander.")
+    with contextlib.closing(sqlite3.connect(app.database, isolation_level=None)) as database:
+        database.execute("UPDATE calls SET touched = touched - 86401 WHERE call_sid = ?", [phone.call_sid])
+    stage.phone(app).call()
+    wait_until(lambda: b"coriander" not in everything_in(app))
+
+
+def many_looks_at_a_disk_that_fails(stage, app):
+    time.sleep(1.1)  # it looks once a second at most
+    unlock = lock(app)
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(100) as threads:
+        assert {*threads.map(healthz, [app] * 100)} == {503}
+    assert time.monotonic() - began < 60, "one after the other they would take 200 s"
+    unlock()
+    assert healthz(app) == 200
