@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import shutil
 import os
+import threading
 import time
 
 import pytest
@@ -112,6 +113,14 @@ class Stage:
 
     def __init__(self, claude):
         self.claude, self.app = claude, None
+        self._shared, self._one_at_a_time = {}, threading.Lock()
+
+    def shared(self, name, **more):
+        """An app that tests share, by its name: the first of them starts it, and the stage ends it."""
+        with self._one_at_a_time:
+            if name not in self._shared:
+                self._shared[name] = self.stack.enter_context(self.other_app(**more))
+            return self._shared[name]
 
     def settings(self, **more):
         """Environment variables for an app of one's own; None takes one away."""
@@ -152,7 +161,7 @@ def stage(request):
     with contextlib.ExitStack() as stack:
         stage, backstage = (Stage(stack.enter_context(Claude())) for _ in range(2))
         for one in (stage, backstage):
-            one.app = stack.enter_context(one.shared_app())
+            one.app, one.stack = stack.enter_context(one.shared_app()), stack
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))
         for item in request.session.items:
             if item.get_closest_marker("meanwhile"):

@@ -204,6 +204,19 @@ class Phone:
             time.sleep(max(0.0, asked - time.monotonic()))
         return self._turn(self._fetch, *self._action(), {"SpeechResult": words, "Confidence": "0.9"}, token)
 
+    def speak(self, words, pace=0.3, pause=1.0):
+        """Say words, one in ``pace`` seconds, and then nothing for ``pause`` seconds.
+
+        Twilio reports meanwhile what it has understood so far, and waits for no answer to that. What the line makes of
+        the whole is what ``say`` returns, after this.
+        """
+        words, url = words.split(), self.partial_results_url()
+        for number in range(1, len(words) + 1):
+            time.sleep(pace)
+            so_far = " ".join(words[:number]), number, url
+            threading.Thread(target=self.partial_result, args=so_far, daemon=True).start()
+        time.sleep(pause)
+
     def press(self, keys):
         """Press keys, one quickly after the other."""
         if not self.listens_to("dtmf"):
@@ -254,6 +267,23 @@ class Phone:
         """
         delivery = secrets.token_hex(8) if token is None else token
         return self._send(self._absolute(path), method, dict(params), delivery)
+
+    def partial_results_url(self):
+        """Where Twilio reports what the caller has said so far; None if the line doesn't want to know."""
+        url = self.gather and self.gather.get("partialResultCallback")
+        return url and urljoin(self._base, url)
+
+    def partial_result(self, words, number=None, url=None, **more):
+        """Report what the caller has said so far: to the line that listens now, or to a URL of an earlier turn.
+
+        Returns:
+            The status of the answer; None if there was none, or the line doesn't want to know.
+        """
+        if url := url or self.partial_results_url():
+            params = {"UnstableSpeechResult": words, "StableSpeechResult": "", "Stability": "0.5", **more}
+            with contextlib.suppress(TwilioError):  # Twilio takes no notice
+                return self._ask(url, "POST", params | ({} if number is None else {"SequenceNumber": str(number)})).status
+        return None
 
     def _absolute(self, path):
         return path if "://" in path else self.public_url + path
