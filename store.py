@@ -47,7 +47,8 @@ CREATE TABLE IF NOT EXISTS turns (
     last_part INTEGER,                   -- where the part begins that the caller may cut in on
     given_at  DOUBLE PRECISION,          -- when Twilio was given that part
     guess     INTEGER NOT NULL DEFAULT 0,  -- 1: begun before the caller was done (THINK_AHEAD)
-    ahead     DOUBLE PRECISION,          -- so many seconds before Twilio asked it was begun
+    ahead     DOUBLE PRECISION,          -- so many seconds before Twilio asked it was begun, or
+                                         -- when, for what is still a guess
     touched   DOUBLE PRECISION NOT NULL, -- when this row last changed
     PRIMARY KEY (call_sid, turn),
     UNIQUE (call_sid, delivery)
@@ -154,7 +155,7 @@ class Store:
                 "SELECT turn FROM turns WHERE call_sid = ? AND guess = 1 AND delivery = ? AND ? = 0"
                 " AND COALESCE(stop, '') <> 'wrong'", [call_sid, guessed, int(bool(stop))])
             for (turn,) in true.fetchall():
-                database.execute("UPDATE turns SET guess = 0, ahead = ? - spoke_at, words = ?,"
+                database.execute("UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?,"
                                  " delivery = ?, spoke_at = ? WHERE call_sid = ? AND turn = ?",
                                  [now, words, delivery, so_far_at or spoke_at, call_sid, turn])
                 stop = "true"
@@ -259,16 +260,16 @@ class Store:
         None."""
         with self._writing() as database:
             found = database.execute(
-                "SELECT 1 FROM calls WHERE call_sid = ? AND so_far = ? AND ended IS NULL AND turns"
-                " < ? AND ? = (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND"
-                " guess = 0)", [call_sid, self._hash(so_far), most, after, call_sid]).fetchone()
+                "SELECT so_far_at FROM calls WHERE call_sid = ? AND so_far = ? AND ended IS NULL"
+                " AND turns < ? AND ? = (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ?"
+                " AND guess = 0)", [call_sid, self._hash(so_far), most, after, call_sid]).fetchone()
             guesses = database.execute("SELECT delivery FROM turns WHERE call_sid = ?"
                                        " AND guess = 1", [call_sid]).fetchall()
             if not found or len(guesses) >= 3 or (so_far,) in guesses or (
                     self._turns_today(database) >= most_today):
                 return None
             turn = self._next_turn(database, call_sid)
-            self._insert(database, call_sid, turn, so_far, words, time.time(), guess=1)
+            self._insert(database, call_sid, turn, so_far, words, *found, guess=1)
             return turn
 
     # --- The end of a call, and what is kept after it
@@ -406,9 +407,11 @@ class Store:
 
     @staticmethod
     def _insert(database, call_sid, turn, delivery, words, spoke_at, stop=None, guess=0):
+        now = time.time()
         database.execute("INSERT INTO turns (call_sid, turn, delivery, words, spoke_at, stop,"
-                         " guess, touched) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                         [call_sid, turn, delivery, words, spoke_at, stop, guess, time.time()])
+                         " guess, ahead, touched) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                         [call_sid, turn, delivery, words, spoke_at, stop, guess,
+                          now if guess else None, now])
 
     @staticmethod
     def _hash(words):
