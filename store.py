@@ -194,8 +194,8 @@ class Store:
                 "SELECT turns.*, other.began FROM calls AS this JOIN calls AS other"
                 " ON other.caller = this.caller AND other.trusted = 1 AND this.trusted = 1"
                 " AND other.call_sid <> this.call_sid"
-                " JOIN turns ON turns.call_sid = other.call_sid WHERE this.call_sid = ?"
-                " ORDER BY other.began DESC, turn DESC LIMIT ?", [call_sid, most]))[::-1]
+                " JOIN turns ON turns.call_sid = other.call_sid AND guess = 0"
+                " WHERE this.call_sid = ? ORDER BY other.began DESC, turn DESC LIMIT ?", [call_sid, most]))[::-1]
 
     def grow(self, call_sid, turn, text, stop=None):
         """Add to a reply, and perhaps end it.
