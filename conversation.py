@@ -25,7 +25,7 @@ import anthropic
 import httpx2
 from anthropic.lib.tools import BetaFunctionTool
 
-from store import Store, StoreError
+from store import DEAD_GUESS, Store, StoreError
 
 log = logging.getLogger("voice-claude")
 
@@ -162,6 +162,8 @@ class Conversation:
                                         settings.max_turns_a_day)
                 if turn:
                     self._begin_to_write(turn, caller, is_guess=True)
+                while turn and self.store.is_guess(self.call_sid, turn):
+                    time.sleep(DEAD_GUESS / 5)
 
 
 def guessed_delivery(words):

@@ -15,6 +15,7 @@ import time
 StoreError = sqlite3.Error  # the disk is full, read-only or locked, or the file is no database
 
 A_DAY = 24 * 60 * 60.0  # seconds
+DEAD_GUESS = 1.0  # seconds without a sign of life; there is one five times as often
 LOCK_PATIENCE = 2.0  # seconds to wait for others who write: writing takes 1 ms, and Twilio waits
 # For those of the same process a caller waits longer: they go on one after the other, and 300 who
 # begin to speak at once take some seconds on a busy machine.
@@ -153,7 +154,8 @@ class Store:
             stop = "max_turns" if turns >= most else None
             true = database.execute(
                 "SELECT turn FROM turns WHERE call_sid = ? AND guess = 1 AND delivery = ? AND ? = 0"
-                " AND COALESCE(stop, '') <> 'wrong'", [call_sid, guessed, int(bool(stop))])
+                " AND COALESCE(stop, '') <> 'wrong' AND (stop IS NOT NULL OR touched > ?)",
+                [call_sid, guessed, int(bool(stop)), now - DEAD_GUESS])
             for (turn,) in true.fetchall():
                 database.execute("UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?,"
                                  " delivery = ?, spoke_at = ? WHERE call_sid = ? AND turn = ?",
@@ -271,6 +273,13 @@ class Store:
             turn = self._next_turn(database, call_sid)
             self._insert(database, call_sid, turn, so_far, words, *found, guess=1)
             return turn
+
+    def is_guess(self, call_sid, turn):
+        """Whether a turn is still a guess, and grows. Asking shows that its process is alive."""
+        with self._writing() as database:
+            return database.execute("UPDATE turns SET touched = ? WHERE call_sid = ? AND turn = ?"
+                                    " AND guess = 1 AND stop IS NULL",
+                                    [time.time(), call_sid, turn]).rowcount == 1
 
     # --- The end of a call, and what is kept after it
 
