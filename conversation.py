@@ -93,10 +93,10 @@ class Conversation:
                                         guessed_delivery(words))
         if is_new:
             self._begin_to_write(turn, caller)
-        elif turn and settings.think_ahead:
+        elif is_new is None:
             for row in self.store.turns(self.call_sid, turn, turn):
                 log.info("call %s turn %d: begun %d ms before Twilio asked",
-                         self.call_sid, turn, 1000 * (row["ahead"] or 0))
+                         self.call_sid, turn, 1000 * row["ahead"])
         return turn
 
     def _begin_to_write(self, turn, caller, is_guess=False):
@@ -339,14 +339,12 @@ class Writer:
         with self.news:
             self.is_done = True
             self.news.notify_all()
-        if self.is_guess and self._is_still_a_guess():
-            log.info("call %s: a guess, tokens %d in %d out, %s", self.call_sid, self.tokens_in,
-                     self.tokens_out, how)
-            return
+        guess = self.is_guess and self._is_still_a_guess()
         log.info(
-            "call %s turn %d: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
-            self.call_sid, self.turn, self.first_sentence_ms, 1000 * (self.last_kept - self.began),
-            self.tokens_in, self.tokens_out, how, self.request_id)
+            "call %s %s: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
+            self.call_sid, "guess" if guess else f"turn {self.turn}", self.first_sentence_ms,
+            1000 * (self.last_kept - self.began), self.tokens_in, self.tokens_out, how,
+            self.request_id)
 
     def _answer(self):
         """Let Claude write, and use the tools it asks for, until the reply is over. Returns how the

@@ -130,7 +130,8 @@ class Store:
 
         Returns:
             (turn, is_new). The turn is None if the call is over, and 0 if none is left today.
-            Nobody need write a reply to a turn that is not new.
+            Nobody need write a reply to a turn that is not new; or is_new is None, for a guess that
+            has come true.
         """
         with self._writing() as database:
             self._open_call(database, call_sid)
@@ -168,7 +169,7 @@ class Store:
                              stop=stop)
         if wrong:
             self._empty_log()
-        return turn, stop is None
+        return turn, None if stop == "true" else stop is None
 
     def history(self, call_sid, turn, step):
         """The turns up to this one, as dicts of their columns: between ``step`` and twice as many,
