@@ -125,9 +125,11 @@ def listening():
     """The caller is still speaking, or has just stopped: think ahead. Nobody awaits the answer."""
     so_far = request.form.get("UnstableSpeechResult") or request.form.get("StableSpeechResult", "")
     if settings.think_ahead and line.claude and so_far.strip():
-        number = request.form.get("SequenceNumber", 0, type=int)
+        # Twilio counts anew each time when it listens, also after a silence. A minute has fewer.
+        number = min(abs(request.form.get("SequenceNumber", 0, type=int)), 9999)
+        number = min(number + 10_000 * number_in_url("silences"), 10**9)
         call = Conversation(request.values["CallSid"], line)
-        heard = so_far, number_in_url("after"), min(abs(number), 10**9), the_caller()
+        heard = so_far, number_in_url("after"), number, the_caller()
         with contextlib.suppress(RuntimeError):  # no thread is left: this can be done without
             threading.Thread(target=call.heard, args=heard, daemon=True).start()
     return "", 204
@@ -225,7 +227,8 @@ def say_and_listen(*texts, silences=0):
     """Say something, and let the caller, silent so often in a row, speak or press a key."""
     response, ahead = VoiceResponse(), {}
     if settings.think_ahead:
-        ahead = {"partial_result_callback": url("/listening"),
+        silent = {"silences": silences} if silences else {}
+        ahead = {"partial_result_callback": url("/listening", **silent),
                  "partial_result_callback_method": "POST"}
     gather = response.gather(
         input="speech dtmf",
