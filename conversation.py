@@ -307,6 +307,8 @@ class Writer:
         self.line, self.call_sid, self.turn, self.is_guess = line, call_sid, turn, is_guess
         self.news = threading.Condition()  # notified when the reply has grown
         self.awaited = threading.Event()  # set by those who wait for that
+        if is_guess:
+            self.awaited.set()  # so that the first sentence is there when somebody waits
         self.tools = tools_for(line.settings, caller)
         self.unfinished = self.switch = ""  # the beginning of a sentence, or of a language
         self.kept, self.is_done = 0, False  # how many times there were words to keep
