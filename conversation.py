@@ -108,7 +108,7 @@ class Conversation:
         except RuntimeError:  # the machine lets this process have no more threads
             log.error("call %s turn %d: no thread is left", self.call_sid, turn)
             del self.line.writers[self.call_sid, turn]
-            self.store.grow(self.call_sid, turn, "", stop="no thread")
+            self.store.grow(self.call_sid, turn, "", stop="wrong" if is_guess else "no thread")
 
     def reply(self, turn, heard=0):
         """Wait until there is more of a reply than the ``heard`` characters that the caller has
