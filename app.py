@@ -41,7 +41,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from conversation import (
     SWITCH, SYSTEM_PROMPT, Caller, Conversation, Line, claude_client, heard_and_not, own_words,
     speakable)
-from store import Store, StoreError
+from store import PostgresStore, Store, StoreError
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 log = logging.getLogger("voice-claude")
@@ -169,7 +169,7 @@ def no_turn_is_left():
 
 def what_was_said():
     """The caller's words, or key; empty for a silent caller."""
-    words = request.values.get("SpeechResult", "").strip()
+    words = request.values.get("SpeechResult", "").replace("\0", "").strip()  # no database's text
     if key := request.values.get("Digits", "").strip():
         words = f"{words} [The caller pressed {key}]".strip()
     return words
@@ -528,8 +528,10 @@ SETTINGS = {
     "THINK_AHEAD": ("no", "yes|no", "yes or no"),
     "WEB_SEARCHES": ("0", r"\d{1,9}", "a whole number"),
     "HAND_OVER_TO": ("", r"[+\d ()./-]+", "a number like +15551234567"),
-    "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*",
-                     "sqlite:/// and the path of a file, without ~: no other database is used")}
+    "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*|"
+                     r"postgres(ql)?://(?!.*pool_size=(?![1-9]\d{0,3}$))\S+",
+                     "sqlite:/// and the path of a file, without ~, or postgres://user:password@"
+                     "host/name, which may end with ?pool_size=20")}
 
 
 class Settings:
@@ -574,11 +576,17 @@ def phone_number(text):
 
 try:
     settings = Settings(os.environ)
-except ValueError as error:
+    path, kind = settings.database_url.removeprefix("sqlite:///"), Store
+    if settings.database_url.startswith("postgres"):
+        kind = PostgresStore
+    store = kind(path, settings.keep_days)
+except (ValueError, ImportError) as error:
+    if isinstance(error, ImportError):
+        error = "a Postgres in DATABASE_URL needs psycopg: pip install 'psycopg[binary]'"
     print(f"Voice Claude can't start: {error}.", file=sys.stderr)
     sys.exit(4)  # gunicorn knows by this status that it need not try again
-key, path = settings.anthropic_api_key, settings.database_url.removeprefix("sqlite:///")
-line = Line(settings, Store(path, settings.keep_days), claude_client(key) if key else None)
+key = settings.anthropic_api_key
+line = Line(settings, store, claude_client(key) if key else None)
 
 # --- For the owner --------------------------------------------------------------------------------
 
@@ -612,9 +620,10 @@ def page():
 def announce():
     """Tell the log what runs here, in one line, and what the owner may have missed."""
     callers = len(settings.allowed_callers)
+    database = re.sub("(?<=s://|l://).*@", "", settings.database_url.partition("?")[0])
     log.info("Voice Claude: model %s, effort %s, database %s, calls from %s%s, %d turns a call, "
              "%d a day, words kept for %d days", settings.claude_model,
-             settings.claude_effort or "none", settings.database_url,
+             settings.claude_effort or "none", database,
              f"{callers} numbers" if callers else "everyone", " with the PIN" * bool(settings.pin),
              settings.max_turns, settings.max_turns_a_day, settings.keep_days)
     for name, so in [("TWILIO_AUTH_TOKEN", "no call is answered"),

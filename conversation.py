@@ -140,7 +140,7 @@ class Conversation:
                 elif not -SIGN_OF_LIFE < age < AN_HOUR:
                     self.store.grow(self.call_sid, turn, "")  # somebody has set the clock
                 else:
-                    time.sleep(0.05)  # another process writes: look again soon, and cheaply
+                    self.store.wait(self.call_sid, turn, len(reply), SIGN_OF_LIFE)
         return "", "lost"  # there is no such turn: the disk was wiped, or the call forgotten
 
     def heard(self, words, after, number, caller):
@@ -323,11 +323,13 @@ class Writer:
             how = stop.partition(":")[0]  # behind it is a reason, which the log mustn't hold
         except Exception as error:  # any error: a caller is waiting, so the reply has to end
             stop = how = describe(error)
+            if isinstance(error, StoreError):
+                self.unfinished = ""  # a part of it may be kept, and only the answer was lost
             if not isinstance(error, EXPECTED):
                 log.exception("call %s turn %d", self.call_sid, self.turn)
             if self.is_guess and self._is_still_a_guess():
                 stop = "wrong"  # so that Claude is asked again when Twilio asks
-        for pause in 0.0, 1.0, 3.0:  # a database that fails may be back a moment later
+        for pause in 0.0, 1.0, 2.0, 4.0:  # a database that fails may be back a moment later
             time.sleep(pause)
             try:
                 with contextlib.suppress(CallerGone):  # whoever ended the reply has kept how

@@ -1,4 +1,4 @@
-"""What is said on the phone, for as long as the call lasts, in one SQLite file.
+"""What is said on the phone, for as long as the call lasts, in one SQLite file, or in Postgres.
 
 A turn is a row: what the caller said, and a reply that grows, sentence by sentence, while Claude
 writes it. Any process that can open the file can go on where another process stopped.
@@ -11,6 +11,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 
 StoreError = sqlite3.Error  # the disk is full, read-only or locked, or the file is no database
 
@@ -216,6 +217,10 @@ class Store:
                 " WHERE call_sid = ? AND turn = ? AND stop IS NULL",
                 [text, stop, time.time(), call_sid, turn]).rowcount == 1
 
+    def wait(self, call_sid, turn, length, seconds):
+        """Wait until a reply that another process writes may have more than so many characters."""
+        time.sleep(min(0.05, seconds))  # a file tells nothing: look again soon, and cheaply
+
     def give(self, call_sid, turn, last_part):
         """Note that Twilio is given the last part of a reply now: the caller may cut in on it."""
         with self._writing() as database:
@@ -408,7 +413,8 @@ class Store:
         now = time.time()
         touched = now if touched is None else touched
         database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
-                         " ON CONFLICT DO NOTHING", [call_sid, now, touched])
+                         " ON CONFLICT (call_sid) DO UPDATE SET began = calls.began",  # a lock
+                         [call_sid, now, touched])
 
     @staticmethod
     def _next_turn(database, call_sid):
@@ -450,20 +456,20 @@ class Store:
                 # same words the later one finds the turn of the first.
                 database.execute("BEGIN IMMEDIATE")
                 yield database
+                database.execute("COMMIT")
         finally:
             self._one_writer.release()
 
     @contextlib.contextmanager
     def _connection(self):
-        """Lend a connection to one thread. Its transaction is committed at the end, or undone."""
+        """Lend a connection to one thread."""
         file = self._which_file()  # what is written to a file that was replaced, nobody would see
         try:
             connection = self._idle[file].pop()
         except IndexError:
             connection, file = self._open(), self._which_file()
         try:
-            with connection:
-                yield connection
+            yield connection
         except BaseException as error:
             connection.close()  # when the disk recovers, a new one works; this one may not
             self._put_aside(file, error)
@@ -547,3 +553,86 @@ class Store:
                     for statement in SCHEMA.split(";"):
                         connection.execute(statement)
                     connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+# --- Postgres, for several machines ---------------------------------------------------------------
+class PostgresStore(Store):
+    """All calls, in the Postgres at this URL. A process uses at most 8 connections, or as many as
+    the end of the URL says: ``postgres://user:password@host/name?pool_size=20``."""
+
+    def __init__(self, url, keep_days=0):
+        global psycopg  # only those who use Postgres have it
+        import psycopg
+        url, _, size = url.partition("pool_size=")
+        super().__init__(url.rstrip("?&"), keep_days)
+        self._free = threading.Semaphore(max(1, int(size or 8) - 1))  # one more is for listening
+        self._listener, self._hears = threading.Thread(), False
+        self._awaited = weakref.WeakValueDictionary()  # an Event for each turn that is waited for
+
+    def wait(self, call_sid, turn, length, seconds):
+        with self._one_writer:
+            if not self._listener.is_alive():  # it ends with its connection, and in a fork
+                self._listener = threading.Thread(target=self._listen, daemon=True)
+                self._listener.start()
+        if not self._hears:
+            return super().wait(call_sid, turn, length, seconds)
+        news = self._awaited.setdefault(f"{call_sid} {turn}", threading.Event())
+        for row in self.turns(call_sid, turn, turn):  # it may have come before there was an Event
+            if not row["stop"] and len(row["reply"]) == length:
+                news.wait(seconds)
+
+    def _listen(self):
+        self._hears = False  # a pooler lets no news through: nobody relies on it before the first
+        with contextlib.suppress(psycopg.Error), self._open() as database:
+            database.execute("LISTEN turns; COMMIT")
+            for news in database.notifies():
+                self._hears = True
+                self._awaited.pop(news.payload, threading.Event()).set()
+
+    def check(self):
+        self.end("check")  # no such call, but it writes
+
+    def _turns_today(self, database):
+        database.execute("SELECT pg_advisory_xact_lock(1)")  # only one gets the last of the day
+        return super()._turns_today(database)
+
+    @contextlib.contextmanager
+    def _connection(self):
+        if not self._free.acquire(timeout=LOCK_PATIENCE):
+            raise StoreError("other threads use all connections")
+        try:
+            with super()._connection() as database:
+                yield database
+                database.commit()
+        except psycopg.Error as error:
+            for idle in self._idle.pop(os.getpid(), []):
+                idle.close()  # the server may have closed it already
+            raise StoreError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+        finally:
+            self._free.release()
+
+    _writing = _connection  # others may write meanwhile, but not about the same call: _open_call
+    _which_file = staticmethod(os.getpid)  # whose connections they are: a fork has none at first
+
+    def _open(self):
+        connection = psycopg.connect(
+            self.path, prepare_threshold=None,  # as a pooler takes any connection to the server
+            # In seconds or ms. A server that gives no sign of life for 3 s is lost.
+            connect_timeout=2, keepalives_idle=1, keepalives_interval=1, tcp_user_timeout=3000)
+        execute = connection.execute
+        connection.execute = lambda sql, *values: execute(sql.replace("?", "%s"), *values)
+        # As with SQLite, only a crash of the server itself could lose what was just written.
+        execute(f"SET synchronous_commit = off; SET lock_timeout = {1000 * LOCK_PATIENCE:.0f};"
+                " SET idle_in_transaction_session_timeout = 5000")
+        news = f"voice_claude_{VERSION}"
+        if execute(f"SELECT to_regproc('{news}')").fetchone() == (None,):
+            execute("SELECT pg_advisory_xact_lock(1)")  # one process makes the tables
+            execute(f"""{SCHEMA}; CREATE OR REPLACE FUNCTION {news}() RETURNS trigger AS 'BEGIN
+                PERFORM pg_notify(''turns'', NEW.call_sid || '' '' || NEW.turn); RETURN NULL; END'
+                LANGUAGE plpgsql; CREATE OR REPLACE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW
+                WHEN (NEW.reply <> OLD.reply OR NEW.stop <> '') EXECUTE FUNCTION {news}()""")
+        connection.commit()
+        return connection
+
+    def _empty_log(self):
+        """Where deleted words stay for some time, is the server's business."""
