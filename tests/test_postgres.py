@@ -1,0 +1,242 @@
+"""The same line on two machines, which share nothing but a Postgres; and what only a Postgres does to a line.
+
+The requests of a call land on the two machines by turns. Where there is no ``psycopg`` or no Postgres these tests are
+skipped, unless VOICE_CLAUDE_ALL_TESTS is 1: then that is a failure.
+"""
+
+import contextlib
+import http.client
+import os
+import pathlib
+import signal
+import tempfile
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from store import LOCK_PATIENCE, PostgresStore, StoreError
+from tests import test_call, test_hard_to_kill
+from tests.claude import Claude, Reply
+from tests.conftest import PROXY, PROXY_ELSEWHERE, PUBLIC_URL, Stage, wait_until
+from tests.phone import App, Phone
+from tests.postgres import Server, what_is_missing
+from tests.test_hard_to_kill import SORRY, STORY, healthz, in_thread
+
+# All tests of a call once more, without those that look into SQLite's file, or only wait for Claude.
+ELSEWHERE = {"test_who_talks_about_something_else_ends_the_reply_before"}
+for name, test in vars(test_call).items():
+    marks = [mark.name for mark in getattr(test, "pytestmark", [])]
+    if name.startswith("test_") and name not in ELSEWHERE and "meanwhile" not in marks:
+        globals()[name] = test
+test_odd_requests_never_get_a_5xx = test_hard_to_kill.test_odd_requests_never_get_a_5xx
+test_without_a_token_every_delivery_is_a_new_turn = test_hard_to_kill.test_without_a_token_every_delivery_is_a_new_turn
+test_a_turn_of_another_call_gets_nothing_of_it = test_hard_to_kill.test_a_turn_of_another_call_gets_nothing_of_it
+test_a_status_that_is_not_the_end = test_hard_to_kill.test_a_status_that_is_not_the_end_forgets_nothing
+
+
+class PhoneOfTwo(Phone):
+    """Calls a line on two machines: each request goes to the other machine than the one before."""
+
+    machines = turns = ()
+
+    @property
+    def url(self):
+        self.turns = [*self.turns, len(self.turns) % 2]
+        return self.machines[self.turns[-1]].url
+
+    @url.setter
+    def url(self, _):
+        """The router decides, not the caller."""
+
+
+class TwoMachines:
+    """What the tests know of an app, for two apps."""
+
+    def __init__(self, machines):
+        self.machines, self.environ, self.port = machines, machines[0].environ, machines[0].port
+        self.url, self.token = machines[0].url, machines[0].token
+
+    def log(self):
+        return "".join(machine.log() for machine in self.machines)
+
+
+class StageWithPostgres(Stage):
+    """A stage on which all apps keep their calls in one Postgres.
+
+    Attributes:
+        server: the Postgres.
+        database: the URL of the database that the two machines share.
+    """
+
+    def __init__(self, claude, server):
+        super().__init__(claude)
+        self.server, self.database = server, server.database()
+
+    def settings(self, **more):
+        return super().settings(**{"DATABASE_URL": self.database, **more})
+
+    def phone(self, app=None, **more):
+        if app not in (None, self.app):
+            return super().phone(app, **more)
+        of_two = type("PhoneOfTwo", (PhoneOfTwo,), {"machines": self.app.machines})
+        return of_two("", self.app.token, **{"public_url": PUBLIC_URL, "headers": PROXY, **more})
+
+    def query(self, sql, *values):
+        return self.server.query(self.database, sql, values)
+
+
+@pytest.fixture(scope="module")
+def server():
+    if missing := what_is_missing():
+        if os.environ.get("VOICE_CLAUDE_ALL_TESTS") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stage(server):
+    with contextlib.ExitStack() as stack:
+        stage = StageWithPostgres(stack.enter_context(Claude()), server)
+        stage.app = TwoMachines([stack.enter_context(stage.shared_app()) for _ in range(2)])
+        yield stage
+        assert "Traceback" not in stage.app.log()
+
+
+# --- Two machines -------------------------------------------------------------------------------------------------------
+
+
+def test_one_delivery_to_both_machines_at_once_is_one_turn(stage):
+    stage.claude.when("Say it once.", Reply(STORY, first_token=0.3, pace=200))
+    for attempt in range(5):
+        phones = [stage.phone(machine) for machine in stage.app.machines * 2]
+        for phone in phones:
+            phone.params["CallSid"] = phones[0].call_sid
+            phone.call()
+        waits = [in_thread(lambda phone=phone: phone.say("Say it once.", token="one")) for phone in phones]
+        assert [wait() for wait in waits] == [STORY] * 4
+        assert len(stage.claude.asked("Say it once.")) == attempt + 1
+
+
+def test_the_other_machine_has_the_rest_of_a_reply_while_it_is_written(stage):
+    stage.claude.when("Tell it slowly.", Reply(STORY, pace=20))
+    phone = stage.phone()
+    phone.call()
+    assert phone.say("Tell it slowly.") == STORY
+    assert len(set(phone.turns[-3:])) == 2, "both machines had a part in it"
+    (request,) = stage.claude.asked("Tell it slowly.")
+    assert phone.said[1][1] < wait_until(lambda: request.finished)
+
+
+def test_who_goes_on_at_the_other_machine_ends_the_reply_at_the_first(stage):
+    stage.claude.when("Tell me all.", Reply("This is one of very many sentences. " * 200, pace=60))
+    phone = stage.phone()
+    phone.call()
+    phone.request("POST", "/talking", {**phone.params, "SpeechResult": "Tell me all."})
+    assert phone.say("No, that is enough.") == "You said: No, that is enough."
+    (request,) = stage.claude.asked("Tell me all.")
+    wait_until(lambda: request.closed_by_caller)
+    assert stage.query("SELECT stop FROM turns WHERE call_sid = %s ORDER BY turn", phone.call_sid)[0] == ("overtaken",)
+
+
+def test_what_is_over_is_forgotten_on_both(stage):
+    phone = stage.phone()
+    phone.call()
+    phone.say("A marmalade sandwich.")
+    assert stage.query("SELECT words FROM turns WHERE call_sid = %s", phone.call_sid) == [("A marmalade sandwich.",)]
+    phone.hang_up()
+    assert stage.query("SELECT words FROM turns WHERE call_sid = %s", phone.call_sid) == []
+    for machine in stage.app.machines:
+        late = stage.phone(machine, CallSid=phone.call_sid)
+        late.call()
+        assert late.say("Late marmalade.") == "" and late.ended == "hangup"
+    assert not stage.claude.asked("Late marmalade.")
+
+
+def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(stage):
+    phone = stage.phone()
+    phone.call()
+    phone.say("Old marmalade.")
+    stage.query("UPDATE calls SET touched = touched - 86401 WHERE call_sid = %s", phone.call_sid)
+    assert healthz(stage.app) == 200
+    assert stage.query("SELECT words FROM turns WHERE call_sid = %s", phone.call_sid) == []
+
+
+def test_what_no_text_of_a_postgres_can_hold_is_left_out(stage):
+    phone = stage.phone()
+    phone.call()
+    assert phone.say("Nothing\0 is missing.") == "You said: Nothing is missing."
+
+
+def test_two_workers_on_each_machine_and_a_preload(stage):
+    with stage.other_app("--preload", WEB_CONCURRENCY="2") as app:
+        phones = [stage.phone(app) for _ in range(8)]
+        for phone in phones:
+            phone.call()
+        for turn in range(2):
+            waits = [in_thread(lambda phone=phone: phone.say(f"Is it {turn}?")) for phone in phones]
+            assert [wait() for wait in waits] == [f"You said: Is it {turn}?"] * 8
+        a_machine_that_is_killed_in_mid_reply(stage, app)
+
+
+def a_machine_that_is_killed_in_mid_reply(stage, app):
+    first = "Once upon a time there was a line."
+    stage.claude.when("Tell me a tale.", Reply(f"{first} It was", ending="stall"))
+    phone = stage.phone(app)
+    phone.call()
+    phone.say("My name is Ann.")
+
+    def kill(text):  # as soon as the caller hears the first sentence
+        app.kill(signal.SIGKILL)
+        phone.url = stage.app.machines[0].url  # as the platform's router does
+
+    phone.on_hearing = kill
+    heard = phone.say("Tell me a tale.")
+    phone.on_hearing = None
+    assert heard.startswith(first) and heard.endswith(SORRY) and phone.warnings == []
+    assert phone.say("Who am I?") == "You said: Who am I?"
+    (request,) = stage.claude.asked("Who am I?")
+    assert request.messages[0] == ("user", "My name is Ann.") and ("assistant", first) in request.messages
+
+
+# --- The server fails ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_restarts_or_is_gone_for_five_seconds(stage):
+    phone, early, late = stage.phone(), stage.phone(), stage.phone()
+    for one in (phone, early):
+        one.call()
+        one.say("Hello?")
+    stage.claude.when("Talk on.", Reply(STORY, pace=8))
+    phone.on_hearing = lambda text: stop.pop()() if stop else None
+    stop = [stage.server.stop]
+    heard = in_thread(lambda: phone.say("Talk on."))
+    wait_until(lambda: not stop)
+    wait_until(lambda: healthz(stage.app) == 503)
+    began = time.monotonic()
+    assert early.say("Are you well?") == SORRY
+    assert late.call() == "Hello, this is Claude speaking!", "the greeting needs no database"
+    assert late.say("Are you well?") == SORRY
+    time.sleep(max(0, began + 5 - time.monotonic()))
+    stage.server.start()
+    heard = heard()
+    assert heard.startswith("Once upon a time") and heard.endswith(SORRY)
+    for one in (phone, early, late):
+        assert one.say("And now?") == "You said: And now?"
+        assert one.warnings == [] and max(seconds for _, _, seconds, _ in one.webhooks) < 10
+    for words, reply, ended in stage.query(
+            "SELECT words, reply, stop FROM turns WHERE call_sid = %s ORDER BY turn", phone.call_sid):
+        assert ended and reply.count("Once") <= 1, "nothing is kept twice, and no reply is left without an end"
+    assert stage.query("SELECT count(*) FROM turns WHERE call_sid = %s", phone.call_sid) == [(3,)]
+    stage.server.stop("fast")
+    stage.server.start()
+    assert [healthz(machine) for machine in stage.app.machines for _ in range(3)][-1] == 200
+    assert phone.say("And at last?") == "You said: And at last?"
+    log = stage.app.log()
+    assert "ERROR the database failed: " in log and "secret" not in log
+
+
