@@ -625,8 +625,9 @@ class PostgresStore(Store):
         execute(f"SET synchronous_commit = off; SET lock_timeout = {1000 * LOCK_PATIENCE:.0f};"
                 " SET idle_in_transaction_session_timeout = 5000")
         news = f"voice_claude_{VERSION}"
-        if execute(f"SELECT to_regproc('{news}')").fetchone() == (None,):
-            execute("SELECT pg_advisory_xact_lock(1)")  # one process makes the tables
+        made = f"SELECT 1 FROM pg_proc WHERE proname = '{news}'"
+        if not execute(made).rowcount and execute("SELECT pg_advisory_xact_lock(1)") and not (
+                execute(made).rowcount):  # one process makes the tables, the others wait
             execute(f"""{SCHEMA}; CREATE OR REPLACE FUNCTION {news}() RETURNS trigger AS 'BEGIN
                 PERFORM pg_notify(''turns'', NEW.call_sid || '' '' || NEW.turn); RETURN NULL; END'
                 LANGUAGE plpgsql; CREATE OR REPLACE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW

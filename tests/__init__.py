@@ -24,6 +24,7 @@ Tests, all of which ``python -m pytest`` runs:
     test_limits.py           the limit of a day, and what a caller has really heard
     test_connect.py          ``flask connect`` and ``flask ring``
     test_readme.py           the README keeps its word
+    test_postgres.py         the same line on two machines, with a Postgres (tests/postgres.py starts one)
     test_unnoticed.py        what could break without anybody noticing
     test_owner.py            what the owner reads at the start, and in the log
     test_phone.py            the telephone is as strict as Twilio

@@ -5,14 +5,10 @@ skipped, unless VOICE_CLAUDE_ALL_TESTS is 1: then that is a failure.
 """
 
 import contextlib
-import http.client
 import os
-import pathlib
 import signal
-import tempfile
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,18 +16,22 @@ import pytest
 from store import LOCK_PATIENCE, PostgresStore, StoreError
 from tests import test_call, test_hard_to_kill
 from tests.claude import Claude, Reply
-from tests.conftest import PROXY, PROXY_ELSEWHERE, PUBLIC_URL, Stage, wait_until
+from tests.conftest import PROXY, PUBLIC_URL, Stage, wait_until
 from tests.phone import App, Phone
 from tests.postgres import Server, what_is_missing
 from tests.test_hard_to_kill import SORRY, STORY, healthz, in_thread
 
-# All tests of a call once more, without those that look into SQLite's file, or only wait for Claude.
-ELSEWHERE = {"test_who_talks_about_something_else_ends_the_reply_before"}
-for name, test in vars(test_call).items():
-    marks = [mark.name for mark in getattr(test, "pytestmark", [])]
-    if name.startswith("test_") and name not in ELSEWHERE and "meanwhile" not in marks:
-        globals()[name] = test
-test_odd_requests_never_get_a_5xx = test_hard_to_kill.test_odd_requests_never_get_a_5xx
+# The tests of a call once more: without those that mostly wait for Claude, that look into SQLite's file, or that are about
+# how a long reply is cut into pieces, which no database changes.
+ELSEWHERE = ("who_talks_about_something_else", "fits", "are_cut_between", "are_not_read_out", "what_is_spoken")
+
+
+def is_about_the_database(name, test):
+    waits = "meanwhile" in [mark.name for mark in getattr(test, "pytestmark", [])]
+    return name.startswith("test_") and not waits and not any(part in name for part in ELSEWHERE)
+
+
+globals().update({name: test for name, test in vars(test_call).items() if is_about_the_database(name, test)})
 test_without_a_token_every_delivery_is_a_new_turn = test_hard_to_kill.test_without_a_token_every_delivery_is_a_new_turn
 test_a_turn_of_another_call_gets_nothing_of_it = test_hard_to_kill.test_a_turn_of_another_call_gets_nothing_of_it
 test_a_status_that_is_not_the_end = test_hard_to_kill.test_a_status_that_is_not_the_end_forgets_nothing
@@ -240,3 +240,137 @@ def test_a_server_that_restarts_or_is_gone_for_five_seconds(stage):
     assert "ERROR the database failed: " in log and "secret" not in log
 
 
+# --- The store, in several processes as it were ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stores(server):
+    """Eight stores on one new database, as eight processes have them."""
+    url = server.database()
+    stores = [PostgresStore(f"{url}?pool_size=3", keep_days=1) for _ in range(8)]
+    yield stores
+    name = url.rpartition("/")[2]
+    server.query(server.url("postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+    for store in stores:
+        with pytest.raises(StoreError):  # and so it closes its connections
+            store.check()
+
+
+def together(jobs):
+    """What these functions return, when all are called at the same moment."""
+    barrier = threading.Barrier(len(jobs))
+
+    def at_once(job):
+        barrier.wait(60)
+        return job()
+
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        return list(threads.map(at_once, jobs))
+
+
+def test_eight_processes_at_once_on_a_new_database_and_one_delivery(stores):
+    begun = together([lambda store=store: store.begin("CA1", "the same", "Hello?", 0.0, 9) for store in stores])
+    assert sorted(begun) == [(1, False)] * 7 + [(1, True)]
+
+
+def test_the_last_turns_of_a_day_are_given_once(stores):
+    begun = together([lambda nth=nth: stores[nth % 8].begin(f"CA{nth}", None, "Hello?", 0.0, 5) for nth in range(16)])
+    assert sorted(begun) == [(0, False)] * 11 + [(1, True)] * 5
+
+
+def test_two_hundred_threads_share_few_connections(server, stores):
+    (store, *_), seen = stores, []
+    store.begin("CA1", None, "Hello?", 0.0, 9)
+    look = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+    name = store.path.rpartition("/")[2]
+    with ThreadPoolExecutor(200) as threads:
+        grown = [threads.submit(store.grow, "CA1", 1, "a") for _ in range(600)]
+        seen.append(server.query(server.url("postgres"), look, [name])[0][0])
+        assert all(one.result() for one in grown)
+    seen.append(server.query(server.url("postgres"), look, [name])[0][0])
+    assert 1 <= max(seen) <= 3
+    (row,) = store.turns("CA1", 1, 1)
+    assert row["reply"] == "a" * 600
+
+
+def test_who_waits_for_another_process_is_told_of_news_and_of_nothing_else(server, stores):
+    here, there, *_ = stores
+    here.begin("CA1", None, "Hello?", 0.0, 9)
+    here.begin("CA2", None, "Hello?", 0.0, 9)
+
+    def hears():
+        """The first news shows that there is no pooler between."""
+        there.grow("CA2", 1, "News. ")
+        began = time.monotonic()
+        here.wait("CA1", 1, 0, 0.3)
+        return time.monotonic() - began > 0.2
+
+    wait_until(hears)
+    told = threading.Event()
+    waits = in_thread(lambda: here.wait("CA1", 1, 0, 60.0) or told.set() or time.monotonic())
+    there.grow("CA2", 1, "More news of another call. ")
+    there.grow("CA1", 1, "")
+    assert not told.wait(0.5), "a sign of life is no news"
+    there.grow("CA1", 1, "Hello. ")
+    assert told.wait(20)
+    waits()
+    here.wait("CA1", 1, 0, 60.0)  # what is there already is not waited for
+    # Without news, as behind a pooler, it looks again soon.
+    server.query(here.path, "DROP TRIGGER news ON turns")
+    began = time.monotonic()
+    stores[2].wait("CA1", 1, 7, 60.0)
+    assert time.monotonic() - began < 30
+
+
+def test_whoever_holds_a_call_holds_nobody_up_for_long(server, stores):
+    import psycopg
+
+    stores[0].begin("CA1", None, "Hello?", 0.0, 9)
+    with contextlib.closing(psycopg.connect(stores[0].path)) as other:
+        other.execute("SELECT * FROM calls FOR UPDATE")
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="LockNotAvailable"):
+            stores[0].begin("CA1", None, "And now?", 0.0, 9)
+        assert LOCK_PATIENCE / 2 < time.monotonic() - began < 30
+        assert stores[0].begin("CA2", None, "Another call.", 0.0, 9) == (1, True)
+    assert stores[0].begin("CA1", None, "And now?", 0.0, 9) == (2, True)
+
+
+def test_a_caller_is_known_again_and_forgotten(stores):
+    here, there, *_ = stores
+    for call_sid in ("CA1", "CA2"):
+        here.open(call_sid, "+15551230001", True)
+        here.begin(call_sid, None, f"Hello from {call_sid}.", 0.0, 9)
+    assert [turn["words"] for turn in there.earlier("CA2", 9)] == ["Hello from CA1."]
+    there.forget_caller("CA2", 1)
+    assert here.earlier("CA2", 9) == [] and here.turns("CA1", 1, 9) == []
+    there.keep_phrases("de-DE", {"Goodbye!": "Tschüss!"})
+    there.keep_phrases("de-DE", {"Goodbye!": "Auf Wiederhören!"})
+    assert here.phrases("de-DE") == {"Goodbye!": "Auf Wiederhören!"}
+
+
+# --- The start ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_psycopg_the_start_says_how_to_install_it(tmp_path):
+    (tmp_path / "psycopg.py").write_text("raise ImportError('no pq wrapper available')")
+    app = App({"DATABASE_URL": "postgres://claude:secret@127.0.0.1/calls", "PYTHONPATH": str(tmp_path)})
+    with pytest.raises(RuntimeError) as did_not_start:
+        app.start()
+    (line,) = [line for line in str(did_not_start.value).splitlines() if "psycopg" in line]
+    assert line.startswith("Voice Claude can't start: ") and "pip install 'psycopg[binary]'" in line
+    assert "Traceback" not in str(did_not_start.value) and "secret" not in str(did_not_start.value)
+
+
+def test_the_log_names_the_database_without_its_password(stage):
+    at = stage.database.partition("@")[2]
+    assert f"database postgres://{at}, " in stage.app.log().replace("postgresql://", "postgres://")
+    assert "secret" not in stage.app.log()
+
+
+@pytest.mark.parametrize("url", ["postgres://h/d?pool_size=0", "postgres://h/d?pool_size=20&sslmode=require", "postgres://"])
+def test_a_url_that_cannot_be_used_is_refused(url):
+    from app import Settings
+
+    with pytest.raises(ValueError, match="DATABASE_URL takes "):
+        Settings({"DATABASE_URL": url})

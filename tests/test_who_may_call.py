@@ -171,7 +171,7 @@ def test_only_allowed_callers_are_answered(stage):
 
 @pytest.mark.parametrize("setting, value, takes", [
     ("MAX_TURNS", "lots", "a whole number"), ("MAX_TURNS", "0", "a whole number"), ("MAX_TURNS", "-1", "a whole number"),
-    ("DATABASE_URL", "postgres://u:secret@h/d", "sqlite:///"), ("DATABASE_URL", "sqlite://", "sqlite:///"),
+    ("DATABASE_URL", "mysql://u:secret@h/d", "sqlite:///"), ("DATABASE_URL", "sqlite://", "sqlite:///"),
     ("DATABASE_URL", "sqlite:///:memory:", "a file"), ("DATABASE_URL", "sqlite:///calls.db?mode=ro", "a file"),
     ("PUBLIC_URL", "https://[", "https://"), ("PUBLIC_URL", "https://me:secret@host", "https://"),
     ("ALLOWED_CALLERS", "+ ,", "+15551234567"), ("GREETING", "\U0001f44b", "words"),
