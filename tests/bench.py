@@ -4,6 +4,7 @@
     python -m tests.bench --quick                 a smaller one, in half a minute
     python -m tests.bench --callers-limit 2000    also looks for the most callers that are carried, up to that many
     python -m tests.bench --profile               four quick listeners: the CPU of a turn, before and after a change
+    python -m tests.bench --database postgres://user:password@host/name     with that beside SQLite: leaves its tables there
 
 The app is started as the Procfile does. Its Claude is the pretend one, in a process of its own, and so are the callers,
 who listen and think as long as people do. All of it shares one machine, so what is printed says when the callers or the
@@ -93,7 +94,7 @@ def talk():
 class Line:
     """A line, and the pretend Claude behind it. What it starts, the stack ends."""
 
-    def __init__(self, name, folder, ideal, stack):
+    def __init__(self, name, folder, ideal, stack, **settings):
         self.name, self.ideal = name, 1000 * ideal
         pace = ["--first-token", str(FIRST_TOKEN), "--pace", str(PACE), "--text", REPLY]
         command = [sys.executable, "-m", "tests.claude", *pace]
@@ -101,7 +102,9 @@ class Line:
         stack.callback(self.claude.wait)
         stack.callback(self.claude.kill)
         self.claude_url = self.claude.stdout.readline().strip()
-        self.app = App({"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": self.claude_url}, folder=folder)
+        settings = {"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": self.claude_url, **settings}
+        # All callers together have more turns than the thousand of a day, where the database was used before.
+        self.app = App({"MAX_TURNS_A_DAY": "999999999", **settings}, folder=folder)
         stack.push(self.app)  # before it is started, so that it is ended even if that is interrupted
         self.app.start()
 
@@ -317,6 +320,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="10 callers, one turn each")
     parser.add_argument("--callers-limit", type=int, metavar="N", help="look for the most callers, up to N: takes long")
     parser.add_argument("--profile", action="store_true", help="24 turns in a minute, to compare the CPU of a turn")
+    parser.add_argument("--database", metavar="URL", help="compare this Postgres with SQLite, instead of not streaming")
     options = parser.parse_args()
     leaving = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -337,7 +341,11 @@ def main():
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="voice-claude-"))
         pathlib.Path(folder, "app.py").write_text(AWAITED)
-        lines = [Line("this line", ROOT, IDEAL, stack), Line("not streaming", folder, IDEAL_AWAITED, stack)]
+        lines = [Line("this line", ROOT, IDEAL, stack)]
+        if options.database:
+            lines.append(Line("with Postgres", ROOT, IDEAL, stack, DATABASE_URL=options.database))
+        else:
+            lines.append(Line("not streaming", folder, IDEAL_AWAITED, stack))
         table(lines, rounds, rate, options.callers_limit)
 
 
