@@ -584,8 +584,7 @@ class PostgresStore(Store):
     def _listen(self):
         self._hears = False  # a pooler lets no news through: nobody relies on it before the first
         with contextlib.suppress(psycopg.Error), self._open() as database:
-            database.execute("LISTEN turns; COMMIT")
-            for news in database.notifies():
+            for news in database.execute("LISTEN turns").connection.notifies():
                 self._hears = True
                 self._awaited.pop(news.payload, threading.Event()).set()
 
@@ -603,7 +602,6 @@ class PostgresStore(Store):
         try:
             with super()._connection() as database:
                 yield database
-                database.commit()
         except psycopg.Error as error:
             for idle in self._idle.pop(os.getpid(), []):
                 idle.close()  # the server may have closed it already
@@ -611,27 +609,29 @@ class PostgresStore(Store):
         finally:
             self._free.release()
 
-    _writing = _connection  # others may write meanwhile, but not about the same call: _open_call
     _which_file = staticmethod(os.getpid)  # whose connections they are: a fork has none at first
 
+    @contextlib.contextmanager
+    def _writing(self):
+        with self._connection() as database, database.transaction():
+            yield database
+
     def _open(self):
-        connection = psycopg.connect(
-            self.path, prepare_threshold=None,  # as a pooler takes any connection to the server
-            # In seconds or ms. A server that gives no sign of life for 3 s is lost.
-            connect_timeout=2, keepalives_idle=1, keepalives_interval=1, tcp_user_timeout=3000)
+        connection = psycopg.connect(  # A pooler prepares nothing. After 3 s of silence it is lost.
+            self.path, autocommit=True, prepare_threshold=None, connect_timeout=2,
+            keepalives_idle=1, keepalives_interval=1, tcp_user_timeout=3000)
         execute = connection.execute
         connection.execute = lambda sql, *values: execute(sql.replace("?", "%s"), *values)
         # As with SQLite, only a crash of the server itself could lose what was just written.
         execute(f"SET synchronous_commit = off; SET lock_timeout = {1000 * LOCK_PATIENCE:.0f};"
                 " SET idle_in_transaction_session_timeout = 5000")
-        news = f"voice_claude_{VERSION}"
-        made = f"SELECT 1 FROM pg_proc WHERE proname = '{news}'"
-        if not execute(made).rowcount and execute("SELECT pg_advisory_xact_lock(1)") and not (
-                execute(made).rowcount):  # one process makes the tables, the others wait
-            execute(f"""{SCHEMA}; CREATE OR REPLACE FUNCTION {news}() RETURNS trigger AS 'BEGIN
+        made = f"SELECT 1 FROM pg_proc WHERE proname = 'voice_line_{VERSION}'"
+        if not execute(made).rowcount and execute("BEGIN; SELECT pg_advisory_xact_lock(1)") and (
+                not execute(made).rowcount):  # one process makes the tables, the others wait
+            execute(f"""{SCHEMA}; CREATE FUNCTION voice_line_{VERSION}() RETURNS trigger AS 'BEGIN
                 PERFORM pg_notify(''turns'', NEW.call_sid || '' '' || NEW.turn); RETURN NULL; END'
-                LANGUAGE plpgsql; CREATE OR REPLACE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW
-                WHEN (NEW.reply <> OLD.reply OR NEW.stop <> '') EXECUTE FUNCTION {news}()""")
+                LANGUAGE plpgsql; CREATE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW WHEN
+                (NEW.reply <> OLD.reply OR NEW.stop <> '') EXECUTE FUNCTION voice_line_{VERSION}()""")
         connection.commit()
         return connection
 
