@@ -199,7 +199,8 @@ class Store:
                 " ON other.caller = this.caller AND other.trusted = 1 AND this.trusted = 1"
                 " AND other.call_sid <> this.call_sid"
                 " JOIN turns ON turns.call_sid = other.call_sid AND guess = 0"
-                " WHERE this.call_sid = ? ORDER BY other.began DESC, turn DESC LIMIT ?", [call_sid, most]))[::-1]
+                " WHERE this.call_sid = ? ORDER BY other.began DESC, turn DESC LIMIT ?",
+                [call_sid, most]))[::-1]
 
     def grow(self, call_sid, turn, text, stop=None):
         """Add to a reply, and perhaps end it.
@@ -269,8 +270,9 @@ class Store:
         with self._writing() as database:
             found = database.execute(
                 "SELECT so_far_at FROM calls WHERE call_sid = ? AND so_far = ? AND ended IS NULL"
-                " AND turns < ? AND ? = (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ?"
-                " AND guess = 0)", [call_sid, self._hash(so_far), most, after, call_sid]).fetchone()
+                " AND turns < ? AND ? ="
+                " (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND guess = 0)",
+                [call_sid, self._hash(so_far), most, after, call_sid]).fetchone()
             guesses = database.execute("SELECT delivery FROM turns WHERE call_sid = ?"
                                        " AND guess = 1", [call_sid]).fetchall()
             if not found or len(guesses) >= 3 or (so_far,) in guesses or (
@@ -630,8 +632,9 @@ class PostgresStore(Store):
                 not execute(made).rowcount):  # one process makes the tables, the others wait
             execute(f"""{SCHEMA}; CREATE FUNCTION voice_line_{VERSION}() RETURNS trigger AS 'BEGIN
                 PERFORM pg_notify(''turns'', NEW.call_sid || '' '' || NEW.turn); RETURN NULL; END'
-                LANGUAGE plpgsql; CREATE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW WHEN
-                (NEW.reply <> OLD.reply OR NEW.stop <> '') EXECUTE FUNCTION voice_line_{VERSION}()""")
+                LANGUAGE plpgsql; CREATE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW
+                WHEN (NEW.reply <> OLD.reply OR NEW.stop <> '')
+                EXECUTE FUNCTION voice_line_{VERSION}()""")
         connection.commit()
         return connection
 
