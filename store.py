@@ -7,13 +7,18 @@ writes it. Any process that can open the file can go on where another process st
 import collections
 import contextlib
 import hashlib
+import logging
 import os
 import sqlite3
 import threading
 import time
 import weakref
 
+log = logging.getLogger("voice-claude")
+
 StoreError = sqlite3.Error  # the disk is full, read-only or locked, or the file is no database
+
+MEANWHILE = ".meanwhile"  # behind the path: the file that is used while the owner mends the other
 
 A_DAY = 24 * 60 * 60.0  # seconds
 DEAD_GUESS = 1.0  # seconds without a sign of life; there is one five times as often
@@ -479,9 +484,17 @@ class Store:
         self._idle[file].append(connection)
 
     def _put_aside(self, file, error):
-        """If the file is corrupted, begin a new one, unless there are words in it to be kept."""
-        if type(error) is sqlite3.DatabaseError and not self.keep_days and (
-                file == self._which_file()):
+        """If the file is corrupted, begin a new one. One that has words to be kept stays where it
+        is, for the owner to mend, and calls go on in a file beside it."""
+        if type(error) is not sqlite3.DatabaseError or file != self._which_file():
+            return
+        if self.keep_days and not self.path.endswith(MEANWHILE):
+            log.error("%s is corrupted (%s): mend it, or delete it, and start the line again. "
+                      "Calls go on in %s", self.path, error, self.path + MEANWHILE)
+            self.path += MEANWHILE
+            return
+        log.error("%s is corrupted (%s): calls go on in a new file", self.path, error)
+        with contextlib.suppress(OSError):  # a folder that nobody may write to
             os.replace(self.path, f"{self.path}.corrupted")
             for rest in "-wal", "-shm":
                 with contextlib.suppress(OSError):
@@ -496,6 +509,7 @@ class Store:
     def _open(self):
         with contextlib.suppress(OSError):  # where no folder can be made, SQLite complains next
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        file = self._which_file()
         try:
             connection = sqlite3.connect(
                 self.path,
@@ -512,7 +526,7 @@ class Store:
                 # that can't change it, as another one uses the file, leaves it to the next.
                 connection.execute("PRAGMA journal_mode = WAL")
         except sqlite3.Error as error:
-            self._put_aside(self._which_file(), error)
+            self._put_aside(file, error)
             raise type(error)(f"{error}: {self.path}") from error
         return connection
 
