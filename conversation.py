@@ -131,7 +131,8 @@ class Conversation:
                 # A Writer that is alive gives up first, and says why: hence one second more.
                 patience = STALLED if reply else SENTENCE_TIMEOUT + SIGN_OF_LIFE
                 age = time.time() - touched
-                if writer and not writer.is_done:
+                if writer and not writer.is_done and (
+                        time.monotonic() < writer.last_kept + SENTENCE_TIMEOUT + STALLED):
                     writer.awaited.set()
                     writer.news.wait(SIGN_OF_LIFE)
                 elif writer or patience < age < AN_HOUR:
@@ -268,7 +269,10 @@ MAX_TOKENS = 2000
 # turn 61 begins at 41. In between what is sent only grows at its end, as prompt caching needs. 20
 # turns are five minutes' talk, too recent to be forgotten.
 HISTORY_STEP = 20
-MOST_SENTENCES = 1000  # in one reply: MAX_TOKENS are fewer, unless a server goes on for ever
+# What Claude may send for one request, or a server that goes on for ever would be heard for ever.
+MOST_CHARACTERS = 10 * MAX_TOKENS  # of words: a token has four or five of them
+MOST_BYTES = 16_000_000  # in all, also of what a search has found
+MOST_BLOCKS = 100  # whose beginning counts as a sign that Claude goes on
 MOST_ROUNDS = 6  # of tools in one reply: enough for any errand, and an end to running in circles
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." meanwhile
 # While nobody waits, let tokens gather for so many seconds, and then read for so many: to wake up
@@ -294,8 +298,11 @@ class Watched:
         self.response, self.writer = response, writer
 
     def iter_bytes(self):
+        size = 0
         for piece in self.response.iter_bytes():
             self.writer.add("")
+            if (size := size + len(piece)) > MOST_BYTES:
+                raise TimeoutError
             yield piece
 
 
@@ -312,6 +319,7 @@ class Writer:
         self.tools = tools_for(line.settings, caller)
         self.unfinished = self.switch = ""  # the beginning of a sentence, or of a language
         self.kept, self.is_done = 0, False  # how many times there were words to keep
+        self.written = 0  # how many characters Claude has written, to the last request
         self.began = self.last_sentence = self.last_kept = self.read_until = time.monotonic()
         self.first_sentence_ms = self.request_id = None
         self.tokens_in = self.tokens_out = 0
@@ -319,7 +327,8 @@ class Writer:
     def write(self):
         """Write the reply to its end. The row and the log say how it went."""
         try:
-            stop = self._answer()
+            stop = self._answer() or "no stop_reason"  # an empty one would never end the reply
+            stop.encode()  # raises a ValueError for what the store couldn't keep
             how = stop.partition(":")[0]  # behind it is a reason, which the log mustn't hold
         except Exception as error:  # any error: a caller is waiting, so the reply has to end
             stop = how = describe(error)
@@ -417,7 +426,7 @@ class Writer:
     def _ask(self, messages, tool_choice):
         """Send Claude a request, and let the reply grow as the answer comes. Returns the content of
         Claude's message, and its ``stop_reason``."""
-        settings, content, stop = self.line.settings, [], None
+        settings, content, stop, self.written = self.line.settings, [], None, 0
         effort = {"effort": settings.claude_effort} if settings.claude_effort else anthropic.omit
         with self.line.claude.messages.with_streaming_response.create(
                 model=settings.claude_model, max_tokens=MAX_TOKENS, output_config=effort,
@@ -433,7 +442,8 @@ class Writer:
                     self.tokens_in += sum(n or 0 for kind, n in counts if "input_tokens" in kind)
                 elif event["type"] == "content_block_start":
                     content.append(event["content_block"])
-                    self.last_sentence = time.monotonic()  # a search may take long
+                    if len(content) < MOST_BLOCKS:
+                        self.last_sentence = time.monotonic()  # a search may take long
                     if self.unfinished and content[-1]["type"].endswith("tool_use"):
                         self._keep(self.unfinished)  # the caller hears it while the tool runs
                         self.unfinished = ""
@@ -496,12 +506,15 @@ class Writer:
     def add(self, text):
         """Take in what Claude wrote, and keep the sentences that are whole."""
         self.unfinished += text
+        self.written += len(text)
+        if self.written > MOST_CHARACTERS:
+            raise TimeoutError
         end, now = end_of_sentences(self.unfinished), time.monotonic()
         if end:
             self._keep(self.unfinished[:end])
             self.unfinished, self.last_sentence = self.unfinished[end:], now
-        elif now - self.last_sentence > SENTENCE_TIMEOUT or self.kept > MOST_SENTENCES:
-            raise TimeoutError  # words come, but no end of a sentence, or of the reply
+        elif now - self.last_sentence > SENTENCE_TIMEOUT:
+            raise TimeoutError  # words come, but no end of a sentence
         elif now - self.last_kept > SIGN_OF_LIFE:
             self._keep("")
 
