@@ -261,3 +261,116 @@ def many_looks_at_a_disk_that_fails(stage, app):
     assert time.monotonic() - began < 60, "one after the other they would take 200 s"
     unlock()
     assert healthz(app) == 200
+
+
+@meanwhile
+def test_a_corrupted_file_silences_nobody_and_loses_no_word_that_is_to_be_kept(stage):
+    with stage.other_app(KEEP_DAYS="7") as app:
+        database = pathlib.Path(app.database)
+        for start in "the line runs", "the line starts again":
+            spoil(app)
+            if start == "the line starts again":
+                app.kill()
+                app.process.wait()
+                app.start()
+            phone = stage.phone(app)
+            assert phone.call() == HELLO
+            phone.say("The first may find out.")
+            assert phone.say("And now?") == "You said: And now?"
+            assert healthz(app) == 200
+            phone.say("Thank you.")
+            assert [words for _, words in stage.claude.requests[-1].messages][-3:] == [
+                "And now?", "You said: And now?", "Thank you."]
+            assert database.read_bytes().startswith(b"This is not a database."), "it can be mended"
+            assert "calls.db is corrupted" in app.log() and "mend it" in app.log()
+        assert "Traceback" not in app.log()
+
+
+# --- Claude's side --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def server(*begin, then, pause=0.0):
+    """In place of Claude: sends these bytes, and then others over and over again. Yields the
+    address, and a list of the moments at which the line has closed a connection."""
+    closed, done = [], threading.Event()
+
+    def answer(connection):
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            try:
+                connection.recv(65536)
+                connection.sendall(b"".join(begin))
+                while not done.wait(pause):
+                    connection.sendall(then)
+            except OSError:
+                closed.append(time.monotonic())
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=[listener.accept()[0]], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", closed
+        done.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+START = (b'event: message_start\ndata: {"type": "message_start", "message": {"usage": {}}}\n\n'
+         b'event: content_block_start\ndata: {"type": "content_block_start", "index": 0,'
+         b' "content_block": {"type": "text", "text": ""}}\n\n')
+
+
+def delta(text):
+    return (b'event: content_block_delta\ndata: {"type": "content_block_delta", "index": 0,'
+            b' "delta": {"type": "text_delta", "text": "%s"}}\n\n' % text)
+
+
+@meanwhile
+def test_no_thread_outlives_its_caller_for_long(stage):
+    for then in b": a comment\n\n", b"x":  # the latter is the beginning of a line without an end
+        with server(HEAD, START, then=then, pause=1.0) as (url, closed):
+            with stage.other_app(ANTHROPIC_BASE_URL=url) as app:
+                phone = stage.phone(app)
+                phone.call()
+                heard = in_thread(lambda: phone.say("Hello?"))
+                wait_until(lambda: phone.said[1:])  # "One moment."
+                stage.phone(app, CallSid=phone.call_sid).hang_up()
+                began = time.monotonic()
+                wait_until(lambda: closed)
+                assert closed[0] < began + 30
+                heard()
+                app.kill(signal.SIGTERM)
+                app.process.wait(60)
+
+
+@meanwhile
+def test_a_server_that_never_ends_is_not_spoken_for_ever(stage):
+    for words in b"This is one of very many sentences. ", "😀. ".encode(), b"***. \\n\\n":
+        with server(HEAD, START, then=delta(words)) as (url, closed):
+            with stage.other_app(ANTHROPIC_BASE_URL=url) as app:
+                phone = stage.phone(app)
+                phone.call()
+                heard = phone.say("Hello?")
+                assert heard.endswith(SORRY) and len(heard) < 30_000
+                assert wait_until(lambda: closed)
+
+
+@meanwhile
+def test_a_server_that_never_begins_is_given_up(stage):
+    with server(b"HTTP/1.1 200 OK\r\n", then=b"x", pause=1.0) as (url, _):
+        with stage.other_app(ANTHROPIC_BASE_URL=url) as app:
+            phone = stage.phone(app, speaking_rate=3)
+            phone.call()
+            began = time.monotonic()
+            assert phone.say("Hello?").endswith(SORRY)
+            assert time.monotonic() < began + 90 and not phone.warnings
+
+
+@pytest.mark.parametrize("stop", ["\ud800", "x" * 1000, ""])
+def test_ends_of_replies_that_nobody_knows_are_an_apology(claude, phone, stop):
+    claude.when(f"End oddly {ascii(stop)[:9]}.", Reply("Very well, then.", stop=stop))
+    phone.call()
+    assert phone.say(f"End oddly {ascii(stop)[:9]}.") == f"Very well, then. {SORRY}"
