@@ -2,12 +2,7 @@
 
 import concurrent.futures
 import contextlib
-import http.client
 import pathlib
-import re
-import resource
-import selectors
-import shutil
 import signal
 import socket
 import sqlite3
@@ -16,11 +11,10 @@ import time
 
 import pytest
 
-from app import Settings
+from app import SETTINGS, Settings
 from conversation import end_of_sentences, speakable
 from tests.claude import Reply
-from tests.conftest import cannot_run, meanwhile, wait_until
-from tests.phone import ROOT, Phone
+from tests.conftest import meanwhile, wait_until
 from tests.test_hard_to_kill import everything_in, healthz, in_thread, lock, spoil
 
 HELLO = "Hello, this is Claude speaking!"
@@ -374,3 +368,30 @@ def test_ends_of_replies_that_nobody_knows_are_an_apology(claude, phone, stop):
     claude.when(f"End oddly {ascii(stop)[:9]}.", Reply("Very well, then.", stop=stop))
     phone.call()
     assert phone.say(f"End oddly {ascii(stop)[:9]}.") == f"Very well, then. {SORRY}"
+
+
+# --- Patterns -------------------------------------------------------------------------------------
+
+
+def seconds_for(call, text):
+    """Seconds of processor time; the best of three, as other programs run too."""
+    def once():
+        began = time.thread_time()
+        with contextlib.suppress(ValueError):
+            call(text)
+        return time.thread_time() - began
+    return min(once() for _ in range(3))
+
+
+@pytest.mark.parametrize("unit", ["[", "(", "<a ", " ", "[a](", "[](x", "![", "_a", "http://", "1  ", "|  ", "a\n", "# "])
+def test_no_pattern_is_slow_for_what_claude_writes(unit):
+    text = (unit * 65536)[:65536]
+    for slow in (speakable, end_of_sentences):
+        assert seconds_for(slow, text) < 0.5, "50 ms, and ten times that on a busy machine"
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_cannot_be_used_is_refused_at_once(setting):
+    numbers = ",".join(f"+1 (555) 123-{number:04}" for number in range(24)) + ",x"
+    for value in numbers, "a" * 60000 + "!", "1" * 60000 + "!", "en-" * 20000, "(0)" * 20000 + "!":
+        assert seconds_for(lambda value: Settings({setting: value}), value) < 0.05
