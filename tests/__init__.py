@@ -26,6 +26,7 @@ Tests, all of which ``python -m pytest`` runs:
     test_readme.py           the README keeps its word
     test_postgres.py         the same line on two machines, with a Postgres (tests/postgres.py starts one)
     test_unnoticed.py        what could break without anybody noticing
+    test_attacks.py          strangers, disks and servers that mean harm, or seem to
     test_owner.py            what the owner reads at the start, and in the log
     test_phone.py            the telephone is as strict as Twilio
     test_claude.py           the pretend Claude is as strict as Anthropic's API
