@@ -271,6 +271,9 @@ def together(jobs):
 def test_eight_processes_at_once_on_a_new_database_and_one_delivery(stores):
     begun = together([lambda store=store: store.begin("CA1", "the same", "Hello?", 0.0, 9) for store in stores])
     assert sorted(begun) == [(1, False)] * 7 + [(1, True)]
+    for turn in range(2, 12):  # and in a call that is on already
+        begun = together([lambda store=store: store.begin("CA1", f"{turn}", "And?", 0.0, 99) for store in stores])
+        assert sorted(begun) == [(turn, False)] * 7 + [(turn, True)]
 
 
 def test_the_last_turns_of_a_day_are_given_once(stores):
@@ -314,7 +317,9 @@ def test_who_waits_for_another_process_is_told_of_news_and_of_nothing_else(serve
     there.grow("CA1", 1, "Hello. ")
     assert told.wait(20)
     waits()
-    here.wait("CA1", 1, 0, 60.0)  # what is there already is not waited for
+    began = time.monotonic()
+    here.wait("CA1", 1, 0, 60.0)
+    assert time.monotonic() - began < 30, "what is there already is not waited for"
     # Without news, as behind a pooler, it looks again soon.
     server.query(here.path, "DROP TRIGGER news ON turns")
     began = time.monotonic()
