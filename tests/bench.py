@@ -3,6 +3,7 @@
     python -m tests.bench                         one table, in four minutes
     python -m tests.bench --quick                 a smaller one, in half a minute
     python -m tests.bench --callers-limit 2000    also looks for the most callers that are carried, up to that many
+    python -m tests.bench --think-ahead           what THINK_AHEAD gains and costs, in four minutes
     python -m tests.bench --profile               four quick listeners: the CPU of a turn, before and after a change
     python -m tests.bench --database postgres://user:password@host/name     with that beside SQLite: leaves its tables there
 
@@ -24,6 +25,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -219,8 +221,8 @@ def measure(lines, callers, turns, rate):
     return measured
 
 
-def in_processes(jobs, patience):
-    """What ``let_call`` tells for each of these arguments, or nothing if it hasn't after so many seconds."""
+def in_processes(jobs, patience, let_call=let_call):
+    """What ``let_call``, or another function like it, tells for each of these arguments, or nothing if it hasn't after so many seconds."""
     spawn, until, started, results = multiprocessing.get_context("spawn"), time.monotonic() + patience, [], []
     leave = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it: Ctrl-C is for this one, which ends them
     for job in jobs:
@@ -243,6 +245,93 @@ def in_processes(jobs, patience):
 def percentile(values, share):
     """The value that so many percent of them don't exceed; None if there are none."""
     return sorted(values)[math.ceil(len(values) * share / 100) - 1] if values else None
+
+
+# --- Thinking ahead ---------------------------------------------------------------------------------------------------
+
+A_WORD, SILENCE = 0.3, 1.0  # seconds: a partial result each, and from the last one to Twilio's request
+WRONG = 10  # of so many turns one ends otherwise than its last partial result says
+
+
+def speak(url, token, number, dials_after, turns, rate):
+    """One caller whose words Twilio reports while they are spoken.
+
+    Returns:
+        For each turn: (whether it ended as its last partial result says, ms from Twilio's request to the first word, ms
+        from the caller's last word to the first word); and what went wrong, or None.
+    """
+    person, phone, found = random.Random(number), Phone(url, token, speaking_rate=rate), []
+    time.sleep(dials_after)
+    try:
+        phone.call()
+        for turn in range(turns):
+            time.sleep(person.uniform(*THINKING) / 2)
+            as_guessed, so_far = (number * turns + turn) % WRONG != WRONG // 2, len(phone.said)
+            words = f"what about {number} and {turn}"
+            phone.speak(words, A_WORD, 0)
+            silent_since = time.monotonic()
+            time.sleep(SILENCE)
+            heard = phone.say(words if as_guessed else f"{words} of them")
+            if heard.split() != REPLY.split():
+                return found, f"heard {heard!r}"
+            found.append((as_guessed, 1000 * phone.waits[-1], 1000 * (phone.said[so_far][1] - silent_since)))
+            time.sleep(sum(len(text.split()) for text, _, cut_in in phone.said[so_far:] if cut_in) / rate)
+        phone.hang_up()
+    except OSError as error:
+        return found, type(error).__name__
+    return found, None
+
+
+def let_speak(tells, url, token, claude_url, numbers, apart, turns, rate):
+    """Like ``let_call``, for such callers. Tells what each of them went through."""
+    calls = []
+    arguments = [(url, token, number, number * apart, turns, rate) for number in numbers]
+    callers = [threading.Thread(target=lambda one=one: calls.append(speak(*one)), daemon=True) for one in arguments]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    tells.send(calls)
+
+
+def measure_ahead(lines, callers, turns):
+    """Let so many people call each of these lines at once. Returns a row of figures for each line, by their names."""
+    parts, apart = min(os.cpu_count() or 1, math.ceil(callers / MOST_TO_A_PROCESS)), CYCLE / max(20, callers)
+    jobs = [(line.app.url, line.app.token, line.claude_url, range(part, callers, parts), apart, turns, SPEAKING_RATE)
+            for part in range(parts) for line in lines]
+    before = [(line.used()[0], len(line.app.log())) for line in lines]
+    results, measured = in_processes(jobs, CYCLE + 60 * (turns + 1), let_speak), []
+    time.sleep(2)  # seconds: the last wrong guess is over by then
+    for nth, (line, (cpu, logged)) in enumerate(zip(lines, before)):
+        calls = [call for calls in results[nth :: len(lines)] for call in calls]
+        found = [turn for turns, _ in calls for turn in turns]
+        right, wrong = ([ms for as_guessed, ms, _ in found if as_guessed is which] for which in (True, False))
+        log, count = line.app.log()[logged:], max(1, len(found))
+        asked = [list(map(int, pair)) for pair in re.findall(r": first sentence .* tokens (\d+) in (\d+) out", log)]
+        measured.append({
+            "first word, words as guessed, median": percentile(right, 50),
+            "first word, words as guessed, 95th percentile": percentile(right, 95),
+            "first word, other words, median": percentile(wrong, 50),
+            "first word, other words, 95th percentile": percentile(wrong, 95),
+            "from the caller's last word, median": percentile([ms for *_, ms in found], 50),
+            "from the caller's last word, 95th percentile": percentile([ms for *_, ms in found], 95),
+            "requests a turn": round(len(asked) / count, 2),
+            "tokens in a turn": sum(read for read, _ in asked) / count,
+            "tokens out a turn (of whole answers)": sum(written for _, written in asked) / count,
+            "CPU a turn": cpu and (line.used()[0] - cpu) / count,
+            "calls lost": sum(lost is not None for _, lost in calls) + callers - len(calls)})
+    return measured
+
+
+def table_ahead(lines, rounds):
+    """Measure with THINK_AHEAD and without, and print it as it comes."""
+    row("", [line.name for line in lines], ["", ""])
+    for callers, turns in rounds:
+        row(f"callers: {callers}, turns: {callers * turns}; milliseconds")
+        groups = [lines] if callers <= 20 else [[line] for line in lines]
+        measured = [one for group in groups for one in measure_ahead(group, callers, turns)]
+        for name in measured[0]:
+            row(f"  {name}", [one[name] for one in measured])
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -321,6 +410,7 @@ def main():
     parser.add_argument("--callers-limit", type=int, metavar="N", help="look for the most callers, up to N: takes long")
     parser.add_argument("--profile", action="store_true", help="24 turns in a minute, to compare the CPU of a turn")
     parser.add_argument("--database", metavar="URL", help="compare this Postgres with SQLite, instead of not streaming")
+    parser.add_argument("--think-ahead", action="store_true", help="what THINK_AHEAD gains and costs")
     options = parser.parse_args()
     leaving = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -339,6 +429,9 @@ def main():
         rounds, rate = [(4, 6)], 3 * SPEAKING_RATE  # they don't listen as long, but they do listen
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores for app, callers and Claude", flush=True)
     with contextlib.ExitStack() as stack:
+        if options.think_ahead:
+            lines = [Line(f"THINK_AHEAD={how}", ROOT, IDEAL, stack, THINK_AHEAD=how) for how in ("no", "yes")]
+            return table_ahead(lines, [(10, 1)] if options.quick else [(1, 10), (20, 3), (150, 2)])
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="voice-claude-"))
         pathlib.Path(folder, "app.py").write_text(AWAITED)
         lines = [Line("this line", ROOT, IDEAL, stack)]

@@ -35,7 +35,7 @@ def guessed(stage, words):
 def written(stage, words):
     """The same, once its answer is over."""
     wait_until(lambda: guessed(stage, words).finished)
-    time.sleep(0.2)  # and the line has read it
+    time.sleep(0.7)  # and the line has read it
     return guessed(stage, words)
 
 
@@ -50,6 +50,7 @@ def logged(app, phone):
 
 def is_nowhere_in(app, *words):
     """Whether no file of this app holds any of these words, once it has swept."""
+    time.sleep(0.2)
     healthz(app)
     files = b"".join(path.read_bytes() for path in pathlib.Path(app.scratch).iterdir())
     return not any(text.encode() in files for text in words)
@@ -64,15 +65,15 @@ def test_the_answer_is_there_when_the_caller_stops_speaking(stage):
     phone = caller(stage)
     phone.speak("what is new today")
     stopped = time.monotonic()
-    wait_until(lambda: stage.claude.asked("what is new today"))
-    written(stage, "what is new today")
+    wait_until(lambda: any(row["reply"].endswith("third. ") for row in kept(line(stage), phone.call_sid)))
     assert phone.say(" What is  new, TODAY?") == STORY
     assert len(phone.documents) == 2, "all of it was there, so it came in one answer"
     assert guessed(stage, "what is new today").at < stopped
     phone.speak("and what is old now")
     phone.say("And what is old now?")
-    assert guessed(stage, "and what is old now").messages == [
-        ("user", "What is  new, TODAY?"), ("assistant", STORY), ("user", "and what is old now")]
+    first, reply, last = guessed(stage, "and what is old now").messages
+    assert (first, last) == (("user", "What is  new, TODAY?"), ("user", "and what is old now"))
+    assert reply[0] == "assistant"
     for words, final in ("what is new today", " What is  new, TODAY?"), ("and what is old now", "And what is old now?"):
         assert len(stage.claude.asked(words)) == 1
         assert not stage.claude.asked(final.strip())
@@ -110,11 +111,11 @@ def test_a_tool_waits_for_the_final_words(stage):
     stage.claude.when("what time is it", Reply("Let me see.", blocks=[Tool("clock", {"time_zone": "Asia/Tokyo"})]))
     stage.claude.when("good bye then", Reply("Goodbye!", hang_up=True))
     phone = caller(stage)
-    for words in "what time is it", "good bye then":
+    for words, tool in ("what time is it", "clock"), ("good bye then", "hang_up"):
         phone.partial_result(words)
         written(stage, words)
         time.sleep(A_WHILE)
-        assert len(stage.claude.asked(words)) == 1 and not any("tool" in text for text in logged(line(stage), phone)[-2:])
+        assert len(stage.claude.asked(words)) == 1 and not any(f"tool {tool}" in text for text in logged(line(stage), phone))
         heard = phone.say(words)
         if words.startswith("what"):
             assert heard.startswith("Let me see. The tools say: ") and "JST" in heard
@@ -134,7 +135,7 @@ def test_a_wrong_guess_leaves_nothing(stage):
     wait_until(lambda: not is_nowhere_in(line(stage), "stripe"))
     assert phone.say("Tell me about zebras and lions.") == "You said: Tell me about zebras and lions."
     wait_until(lambda: request.closed_by_caller)
-    wait_until(lambda: is_nowhere_in(line(stage), "stripe", "about zebras "))
+    wait_until(lambda: is_nowhere_in(line(stage), "stripe", "tell me about zebras", "tellmeaboutzebras"))
     assert [row["words"] for row in kept(line(stage), phone.call_sid)] == ["Tell me about zebras and lions."]
     phone.say("Thank you.")
     (request,) = stage.claude.asked("Thank you.")
@@ -230,7 +231,7 @@ def test_partial_results_of_every_kind_do_no_harm(stage):
     posted += [phone.partial_result("four comes later", 4), phone.partial_result("without a number it comes")]
     posted += [phone.partial_result("five comes late here", 5) for _ in range(3)]
     guessed(stage, "five comes late here")
-    for words in "", "   ", "\ud83d\ude00", "?!", "x" * 9000, "a b " * 2000:
+    for words in "", "   ", "\U0001f600 \U0001f600", "?!", "x" * 9000, "a b " * 2000:
         posted += [phone.partial_result(words, number) for number in ("", "x", "-1", "9" * 40, "0")]
     posted.append(phone.request("POST", "/listening", {"CallSid": phone.call_sid}).status)
     posted.append(phone.request("POST", "/listening?after=x&turn=y", {**phone.params, "UnstableSpeechResult": "a b"}).status)
@@ -293,7 +294,7 @@ def test_a_caller_who_hangs_up_in_the_middle_of_a_guess(stage):
     wait_until(lambda: not is_nowhere_in(line(stage), "giraffe"))
     phone.hang_up()
     wait_until(lambda: request.closed_by_caller)
-    wait_until(lambda: is_nowhere_in(line(stage), "giraffe", "i wonder whether"))
+    wait_until(lambda: is_nowhere_in(line(stage), "giraffe", "i wonder whether", "iwonderwhether"))
     assert "turns 0, " in next(text for text in logged(line(stage), phone) if "is over" in text)
 
 
@@ -305,7 +306,7 @@ def test_the_first_partial_result_tells_when_the_caller_cut_in(stage):
         stage.claude.when(question, Reply(told))
         phone = caller(stage)
         phone.say(question)
-        at = phone.said[-1][1]
+        at, before = phone.said[-1][1], sum(len(text.split()) for text, *_ in phone.said[1:-1])
         time.sleep(max(0.0, at + 4.0 - time.monotonic()))  # ten words are heard in that time, of 80
         phone.partial_result(guess.split()[0], 1)
         late = time.monotonic() - at - 4.0  # this machine
@@ -316,7 +317,7 @@ def test_the_first_partial_result_tells_when_the_caller_cut_in(stage):
         for request in stage.claude.asked(guess) + stage.claude.asked(final):
             role, words = request.messages[1]
             assert role == "assistant" and words.endswith("[The caller cut in here.]")
-            assert 5 <= len(words.split()) - 5 <= 14 + 3 * late
+            assert 5 <= len(words.split()) - 5 - before <= 14 + 3 * late
 
 
 @meanwhile
@@ -331,9 +332,7 @@ def test_who_may_not_speak_makes_no_guess(stage):
         guessed(stage, "i am well known")
         other = caller(stage, app, **proved)
         other.press("123456#")
-        assert other.say("Who am I in this call?") == "You said: Who am I in this call?"
-        (request,) = stage.claude.asked("Who am I in this call?")
-        assert request.messages == [("user", "Who am I in this call?")], "a guess is no memory"
+        assert other.say("Who am I in this call?") == "You said: Who am I in this call?", "a guess is no memory"
         assert phone.say("I am well known.") == "You said: i am well known"
         for one in phone, other:
             one.partial_result("what if there are none left", 9)
