@@ -49,7 +49,9 @@ SENTENCE_TIMEOUT = 30.0  # for the next sentence: "One moment." has been said fo
 SIGN_OF_LIFE = 1.0  # a reply that is being written shows it at least so often
 STALLED = 10.0  # without a sign of life: whatever wrote the reply is dead
 AN_HOUR = 3600.0  # no reply is that old
-STEADY = 0.3  # what the caller has said so far may be all, once it hasn't changed for so long
+# What the caller has said so far may be all, once it hasn't changed for 0.3 s. As partial results
+# come in about that time, the next one, which may be on its way, gets 30 ms more.
+STEADY = 0.33
 PAUSE = 1.0  # of silence, after which Twilio takes the caller's words for whole
 SPEAKING_RATE = 2.75  # words a second: voices and people say 2.5 to 3
 FAST = 3.0  # the same for callers, so that nobody counts as cutting in who did not
