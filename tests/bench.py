@@ -431,7 +431,7 @@ def main():
     with contextlib.ExitStack() as stack:
         if options.think_ahead:
             lines = [Line(f"THINK_AHEAD={how}", ROOT, IDEAL, stack, THINK_AHEAD=how) for how in ("no", "yes")]
-            return table_ahead(lines, [(10, 1)] if options.quick else [(1, 10), (20, 3), (150, 2)])
+            return table_ahead(lines, [(10, 1)] if options.quick else [(1, 6), (20, 2), (150, 2)])
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="voice-claude-"))
         pathlib.Path(folder, "app.py").write_text(AWAITED)
         lines = [Line("this line", ROOT, IDEAL, stack)]
