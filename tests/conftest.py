@@ -9,6 +9,7 @@ themselves, so that the other tests can count what Claude was asked.
 
 import concurrent.futures
 import contextlib
+import multiprocessing
 import shutil
 import os
 import threading
@@ -77,6 +78,14 @@ def wait_for(file: str, seconds: float = 17.0) -> str:
 
 
 '''
+# Processes that tests start are copied from one server, which has loaded before what takes long. A
+# test run has only one such server, so what it loads is listed here for all files.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([
+    "anthropic", "twilio.rest.api.v2010.account", "twilio.twiml.voice_response",
+    "tests.test_connect", "tests.test_hard_to_kill", "tests.test_readme",
+])
+
 meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and nothing else
 
 

@@ -8,7 +8,6 @@ import base64
 import http.client
 import http.server
 import json
-import multiprocessing
 import os
 import pathlib
 import re
@@ -22,6 +21,7 @@ from urllib.parse import parse_qsl, urlencode
 import flask.cli
 import pytest
 
+from tests.conftest import PROCESSES
 from tests.phone import ROOT, App, Phone
 
 CERTIFICATE = str(pathlib.Path(__file__).with_name("certificate.pem"))  # for three hosts
@@ -210,9 +210,6 @@ class Owner(http.server.ThreadingHTTPServer):
     """Someone at a terminal, a Twilio account, and the internet: a proxy, in which all TLS ends."""
 
     daemon_threads, block_on_close = True, False
-    # Every command has a process of its own, that needn't load again what all of them load.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["anthropic", "twilio.rest.api.v2010.account", __name__])
 
     def __init__(self, folder, **hosts):
         super().__init__(("127.0.0.1", 0), Connection)
@@ -245,7 +242,7 @@ class Owner(http.server.ThreadingHTTPServer):
             **environ,
         }
         paper = self.folder / "printed"
-        command = self.processes.Process(target=typed, args=(words, environ, paper), daemon=True)
+        command = PROCESSES.Process(target=typed, args=(words, environ, paper), daemon=True)
         command.start()
         command.join(60)
         printed = paper.read_text()

@@ -1,7 +1,6 @@
 """What happens to a phone line on a real platform, and what the caller notices of it: next to nothing."""
 
 import contextlib
-import multiprocessing
 import os
 import pathlib
 import random
@@ -20,7 +19,7 @@ import pytest
 
 from store import Store
 from tests.claude import Reply
-from tests.conftest import meanwhile, wait_until
+from tests.conftest import PROCESSES, meanwhile, wait_until
 from tests.deploy import Router
 from tests.phone import parse
 
@@ -235,12 +234,10 @@ def begin_in_each(folder, call_sid, together):
 @meanwhile
 def test_eight_processes_start_at_once_on_a_new_database(stage):
     # Not "fork": a process with threads, like this one, can't be copied safely. A server can.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
-    together = server.Barrier(8)
+    together = PROCESSES.Barrier(8)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            server.Process(target=begin_in_each, args=[folder, f"CA{number}", together], daemon=True)
+            PROCESSES.Process(target=begin_in_each, args=[folder, f"CA{number}", together], daemon=True)
             for number in range(8)
         ]
         for process in processes:

@@ -20,7 +20,6 @@ import ast
 import contextlib
 import importlib
 import io
-import multiprocessing
 import os
 import re
 import shutil
@@ -43,7 +42,7 @@ from werkzeug.serving import make_server
 
 import conversation
 from tests.claude import KEY, Claude, Reply, Tool
-from tests.conftest import wait_until
+from tests.conftest import PROCESSES, wait_until
 from tests.phone import ROOT, App, Phone
 
 README = (ROOT / "README.md").read_text()
@@ -221,9 +220,6 @@ class StepsApp:
     """
 
     def __init__(self, folder, claude):
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(
-            [__name__, "flask", "twilio.request_validator", "twilio.twiml.voice_response"])
         self.folder, self.database = folder, folder / "calls.db"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -233,7 +229,7 @@ class StepsApp:
             "ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": claude.url, "TWILIO_AUTH_TOKEN": TOKEN
         }
         arguments = str(folder), self.port, environ
-        self.process = processes.Process(target=serve, args=arguments, daemon=True)
+        self.process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
 
     def start(self):
         """Start it, and wait until it answers."""
