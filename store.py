@@ -69,6 +69,8 @@ CREATE TABLE IF NOT EXISTS phrases (     -- the line's own words, as Claude has 
 CREATE INDEX IF NOT EXISTS calls_touched ON calls (touched)
 """
 
+# --- SQLite, for one machine ----------------------------------------------------------------------
+
 
 class Store:
     """All calls, in the file at this path. The first call makes it, with its folder; before that
@@ -604,8 +606,8 @@ class PostgresStore(Store):
                 self._hears = True
                 self._awaited.pop(news.payload, threading.Event()).set()
 
-    def check(self):
-        self.end("check")  # no such call, but it writes
+    def _look(self):
+        self._end("check")  # no such call, but it writes
 
     def _turns_today(self, database):
         database.execute("SELECT pg_advisory_xact_lock(1)")  # only one gets the last of the day
@@ -652,5 +654,6 @@ class PostgresStore(Store):
         connection.commit()
         return connection
 
-    def _empty_log(self):
+    def _empty_log(self, patience=0):
         """Where deleted words stay for some time, is the server's business."""
+        self._must_empty_log = False

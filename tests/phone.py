@@ -44,6 +44,7 @@ from urllib.parse import parse_qsl, quote_plus, urldefrag, urlencode, urljoin, u
 from xml.etree import ElementTree
 
 ROOT = pathlib.Path(__file__).parent.parent
+NUMBER = "+15551230001"  # of the caller, if no other is given
 SPEAKING_RATE = 2.7  # words a second
 TIMEOUT = 15  # seconds for all tries of a webhook together, https://www.twilio.com/docs/voice/twiml
 LARGEST_DOCUMENT = 64 * 1024
@@ -917,17 +918,20 @@ def leave_once(number, _):
     sys.exit(1)
 
 
-def settings_for_the_app(token, pretend):
+def settings_for_the_app(token, pretend, number):
     """The environment for an app that is started here.
 
     Args:
         token: this shell's TWILIO_AUTH_TOKEN, or None.
         pretend: the pretend Claude that is to answer, or None.
+        number: that of the caller. Nobody else calls this app, so it needn't warn of strangers.
     """
     settings = dict(os.environ)
     # A database of its own, whatever this shell has set for another one.
     for elsewhere in ("DATABASE_URL", "PUBLIC_URL", "PORT"):
         settings.pop(elsewhere, None)
+    if number == NUMBER:
+        settings.setdefault("ALLOWED_CALLERS", number)
     if not token:
         settings.pop("TWILIO_AUTH_TOKEN", None)  # or an empty one would be used
     if pretend:
@@ -947,7 +951,7 @@ def pretend_claude():
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.phone", description="Call the line.")
     parser.add_argument("url", nargs="?", help="the address of a running app; without it, one is started")
-    parser.add_argument("--number", default="+15551230001", help="the number to call from (default: %(default)s)")
+    parser.add_argument("--number", default=NUMBER, help="the number to call from (default: %(default)s)")
     to_speak = "speak and hear in the browser, not in this terminal"
     parser.add_argument("--browser", action="store_true", help=to_speak)
     to_pretend = "bring a pretend Claude along, as without a key: no network is needed"
@@ -978,7 +982,7 @@ def main():
                 if pretend and not options.pretend:
                     print("ANTHROPIC_API_KEY is not set, so a pretend Claude answers.")
                 with no_interruption():
-                    app = App(settings_for_the_app(token, claude), folder=os.getcwd())
+                    app = App(settings_for_the_app(token, claude, options.number), folder=os.getcwd())
                     stack.push(app)  # before the start, which can be interrupted too
                 # Runs first of all on the way out: nothing may interrupt the end of the app.
                 stack.callback(heed_signals, signal.SIG_IGN)

@@ -272,9 +272,10 @@ def test_a_corrupted_file_silences_nobody_and_loses_no_word_that_is_to_be_kept(s
             phone.say("The first may find out.")
             assert phone.say("And now?") == "You said: And now?"
             assert healthz(app) == 200
-            phone.say("Thank you.")
-            assert [words for _, words in stage.claude.requests[-1].messages][-3:] == [
-                "And now?", "You said: And now?", "Thank you."]
+            phone.say("Thank you for mending it.")
+            request = stage.claude.asked("Thank you for mending it.")[-1]
+            assert [words for _, words in request.messages][-3:] == [
+                "And now?", "You said: And now?", "Thank you for mending it."]
             assert database.read_bytes().startswith(b"This is not a database."), "it can be mended"
             assert "calls.db is corrupted" in app.log() and "mend it" in app.log()
         assert "Traceback" not in app.log()

@@ -227,7 +227,7 @@ def begin_in_each(folder, call_sid, together):
     for number in range(DATABASES):
         store = Store(f"{folder}/new/{number}.db")
         together.wait(60)
-        turn, _ = store.begin(call_sid, None, "Hello?", 0.0, 1000)
+        turn, _ = store.begin(call_sid, None, "Hello?", 0.0, 100, 1000)
         assert store.grow(call_sid, turn, "Hello!", "end_turn")
 
 

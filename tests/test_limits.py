@@ -139,9 +139,9 @@ def cut_in(stage, app, seconds, words=60, first_part=False):
     assert abs(how_many(heard) - really) <= max(5, part / 4), (
         f"{how_many(heard)} of {words}, really {really}"
     )
-    phone.say("Go on.")
+    phone.say("Go on, then.")
     (request,) = [
-        one for one in stage.claude.asked("Go on.") if one.messages[0][1] == f"Tell {name}."
+        one for one in stage.claude.asked("Go on, then.") if one.messages[0][1] == f"Tell {name}."
     ]
     assert request.messages[1] == ("assistant", heard), "what is sent grows at its end only"
     return phone, heard
@@ -232,8 +232,8 @@ def test_a_cut_is_known_in_every_process_and_shows_in_the_transcript(stage):
         assert (
             first["heard"].strip() == heard and how_many(heard) + how_many(first["not_heard"]) == 59
         )
-        assert second["caller"].startswith("Stop at") and third["caller"] == "Go on."
-        assert third["not_heard"] == "" and third["heard"].strip() == "You said: Go on."
+        assert second["caller"].startswith("Stop at") and third["caller"] == "Go on, then."
+        assert third["not_heard"] == "" and third["heard"].strip() == "You said: Go on, then."
         assert re.search(
             rf"Claude: {re.escape(heard)} ?\[cut in\] {re.escape(first['not_heard'].strip())}",
             written,

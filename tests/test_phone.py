@@ -420,8 +420,8 @@ def test_a_second_ctrl_c_leaves_nothing_behind_either(stage):
                 process.stdin.write(first)
                 process.stdin.flush()
             wait_until((here / "asked").exists)
-            while then == "ended" and "The call has ended" not in process.stdout.readline():
-                assert process.poll() is None
+            while then == "ended" and "The call has ended" not in (line := process.stdout.readline()):
+                assert line, "all that was printed has been read"
             for _ in range(3):
                 process.send_signal(signal.SIGINT)
                 time.sleep(0.1)
@@ -436,9 +436,9 @@ def test_what_the_app_complains_of_is_on_the_screen(stage):
     process = telephone(settings=wrong)
     out, _ = process.communicate("Hello there.\n/bye\n", timeout=120)
     assert "AuthenticationError 401" in out and "Booting worker" not in out
-    process = telephone()
+    process = telephone(settings={"ALLOWED_CALLER": "+15551230001"})
     out, _ = process.communicate("/bye\n", timeout=120)
-    assert "[the app: WARNING ANTHROPIC_API_KEY is not set" in out
+    assert "[the app: WARNING ALLOWED_CALLER is not a setting of this line" in out
     with folder(SLOW_TO_END.replace("    return '<", "    1 / 0\n    return '<")) as (here, _):
         process = telephone(cwd=here)
         out, _ = process.communicate("", timeout=120)

@@ -269,21 +269,21 @@ def together(jobs):
 
 
 def test_eight_processes_at_once_on_a_new_database_and_one_delivery(stores):
-    begun = together([lambda store=store: store.begin("CA1", "the same", "Hello?", 0.0, 9) for store in stores])
+    begun = together([lambda store=store: store.begin("CA1", "the same", "Hello?", 0.0, 100, 9) for store in stores])
     assert sorted(begun) == [(1, False)] * 7 + [(1, True)]
     for turn in range(2, 12):  # and in a call that is on already
-        begun = together([lambda store=store: store.begin("CA1", f"{turn}", "And?", 0.0, 99) for store in stores])
+        begun = together([lambda store=store: store.begin("CA1", f"{turn}", "And?", 0.0, 100, 99) for store in stores])
         assert sorted(begun) == [(turn, False)] * 7 + [(turn, True)]
 
 
 def test_the_last_turns_of_a_day_are_given_once(stores):
-    begun = together([lambda nth=nth: stores[nth % 8].begin(f"CA{nth}", None, "Hello?", 0.0, 5) for nth in range(16)])
+    begun = together([lambda nth=nth: stores[nth % 8].begin(f"CA{nth}", None, "Hello?", 0.0, 100, 5) for nth in range(16)])
     assert sorted(begun) == [(0, False)] * 11 + [(1, True)] * 5
 
 
 def test_two_hundred_threads_share_few_connections(server, stores):
     (store, *_), seen = stores, []
-    store.begin("CA1", None, "Hello?", 0.0, 9)
+    store.begin("CA1", None, "Hello?", 0.0, 100, 9)
     look = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
     name = store.path.rpartition("/")[2]
     with ThreadPoolExecutor(200) as threads:
@@ -298,8 +298,8 @@ def test_two_hundred_threads_share_few_connections(server, stores):
 
 def test_who_waits_for_another_process_is_told_of_news_and_of_nothing_else(server, stores):
     here, there, *_ = stores
-    here.begin("CA1", None, "Hello?", 0.0, 9)
-    here.begin("CA2", None, "Hello?", 0.0, 9)
+    here.begin("CA1", None, "Hello?", 0.0, 100, 9)
+    here.begin("CA2", None, "Hello?", 0.0, 100, 9)
 
     def hears():
         """The first news shows that there is no pooler between."""
@@ -330,22 +330,22 @@ def test_who_waits_for_another_process_is_told_of_news_and_of_nothing_else(serve
 def test_whoever_holds_a_call_holds_nobody_up_for_long(server, stores):
     import psycopg
 
-    stores[0].begin("CA1", None, "Hello?", 0.0, 9)
+    stores[0].begin("CA1", None, "Hello?", 0.0, 100, 9)
     with contextlib.closing(psycopg.connect(stores[0].path)) as other:
         other.execute("SELECT * FROM calls FOR UPDATE")
         began = time.monotonic()
         with pytest.raises(StoreError, match="LockNotAvailable"):
-            stores[0].begin("CA1", None, "And now?", 0.0, 9)
+            stores[0].begin("CA1", None, "And now?", 0.0, 100, 9)
         assert LOCK_PATIENCE / 2 < time.monotonic() - began < 30
-        assert stores[0].begin("CA2", None, "Another call.", 0.0, 9) == (1, True)
-    assert stores[0].begin("CA1", None, "And now?", 0.0, 9) == (2, True)
+        assert stores[0].begin("CA2", None, "Another call.", 0.0, 100, 9) == (1, True)
+    assert stores[0].begin("CA1", None, "And now?", 0.0, 100, 9) == (2, True)
 
 
 def test_a_caller_is_known_again_and_forgotten(stores):
     here, there, *_ = stores
     for call_sid in ("CA1", "CA2"):
         here.open(call_sid, "+15551230001", True)
-        here.begin(call_sid, None, f"Hello from {call_sid}.", 0.0, 9)
+        here.begin(call_sid, None, f"Hello from {call_sid}.", 0.0, 100, 9)
     assert [turn["words"] for turn in there.earlier("CA2", 9)] == ["Hello from CA1."]
     there.forget_caller("CA2", 1)
     assert here.earlier("CA2", 9) == [] and here.turns("CA1", 1, 9) == []

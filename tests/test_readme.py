@@ -221,27 +221,22 @@ class StepsApp:
 
     def __init__(self, folder, claude):
         self.folder, self.database = folder, folder / "calls.db"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        # Bound from now on, so that nobody else takes the port before the app listens.
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         environ = {
             "ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": claude.url, "TWILIO_AUTH_TOKEN": TOKEN
         }
-        arguments = str(folder), self.port, environ
+        arguments = str(folder), self.listening, environ
         self.process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
 
     def start(self):
         """Start it, and wait until it answers."""
         self.process.start()
-        wait_until(lambda: self.answers() or not self.process.is_alive())
+        ready = self.folder / "ready"
+        wait_until(lambda: ready.exists() or not self.process.is_alive())
         assert self.process.is_alive(), self.log()
         return self
-
-    def answers(self):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-            return True
-        return False
 
     def log(self):
         return (self.folder / "log").read_text()
@@ -250,9 +245,10 @@ class StepsApp:
         if self.process.pid:
             self.process.kill()
             self.process.join()
+        self.listening.close()
 
 
-def serve(folder, port, environ):
+def serve(folder, listening, environ):
     """Run the app in this folder, for ever."""
     with open(f"{folder}/log", "wb", buffering=0) as log:
         os.dup2(log.fileno(), 1)
@@ -263,7 +259,10 @@ def serve(folder, port, environ):
         sys.modules.pop(name, None)  # those of the real line
     sys.path.insert(0, folder)
     app = importlib.import_module("app").app
-    make_server("127.0.0.1", port, app, threaded=True).serve_forever()
+    host, port = listening.getsockname()
+    server = make_server(host, port, app, threaded=True, fd=listening.fileno())
+    open("ready", "w").close()
+    server.serve_forever()
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +423,7 @@ def replay(conversation, apps):
             days = [f"{now:%A}", f"{now - timedelta(hours=1):%A}"]  # midnight may have passed
             assert result.partition(",")[0] in days and not failed, where
         elif line not in ONLY_IN_THE_SCRIPT:
-            assert what_was_sent(claude.requests[-1]) == line, where
+            assert what_was_sent(claude.requests[-1]) == line, f"{where}\n{app.log()}"
     over = lines[-1] in ("(The line hangs up.)", "(You hang up, and all is forgotten.)")
     assert (phone.ended is not None) == over, conversation
     assert phone.warnings == [], conversation

@@ -128,7 +128,7 @@ def test_a_tool_waits_for_the_final_words(stage):
 
 @meanwhile
 def test_a_wrong_guess_leaves_nothing(stage):
-    stage.claude.when("tell me about zebras", Reply(LONG.replace("sentence", "stripe"), pace=20))
+    stage.claude.when("tell me about zebras", Reply(5 * LONG.replace("sentence", "stripe"), pace=20))
     phone = caller(stage)
     phone.speak("tell me about zebras", pause=0)
     request = guessed(stage, "tell me about zebras")
@@ -287,7 +287,7 @@ def test_only_twilio_is_listened_to(stage):
 
 @meanwhile
 def test_a_caller_who_hangs_up_in_the_middle_of_a_guess(stage):
-    stage.claude.when("i wonder whether", Reply(LONG.replace("sentence", "giraffe"), pace=20))
+    stage.claude.when("i wonder whether", Reply(5 * LONG.replace("sentence", "giraffe"), pace=20))
     phone = caller(stage)
     phone.partial_result("i wonder whether")
     request = guessed(stage, "i wonder whether")
