@@ -397,8 +397,9 @@ def who_may_call():
         return None  # this is not about a call; without an endpoint Flask says 404
     if refused := only_forms() or only_twilio() or only_allowed_callers():
         return refused
-    with contextlib.suppress(StoreError):  # whatever request comes next forgets what is old
-        line.store.sweep()
+    if request.endpoint != "listening":  # there are many, and they have to be quick
+        with contextlib.suppress(StoreError):  # whatever request comes next forgets what is old
+            line.store.sweep()
     return only_with_pin()
 
 

@@ -137,8 +137,8 @@ def test_a_wrong_guess_leaves_nothing(stage):
     wait_until(lambda: request.closed_by_caller)
     wait_until(lambda: is_nowhere_in(line(stage), "stripe", "tell me about zebras", "tellmeaboutzebras"))
     assert [row["words"] for row in kept(line(stage), phone.call_sid)] == ["Tell me about zebras and lions."]
-    phone.say("Thank you.")
-    (request,) = stage.claude.asked("Thank you.")
+    phone.say("Thank you for the lions.")
+    (request,) = stage.claude.asked("Thank you for the lions.")
     assert request.messages[0] == ("user", "Tell me about zebras and lions.") and len(request.messages) == 3
     phone.hang_up()
     log = logged(line(stage), phone)
