@@ -80,8 +80,8 @@ def test_the_answer_is_there_when_the_caller_stops_speaking(stage):
     phone.hang_up()
     assert phone.warnings == []
     log = logged(line(stage), phone)
-    for turn in 1, 2:
-        assert sum(f"turn {turn}: begun " in text for text in log) == 1
+    # A guess in the middle of the words, as a busy machine makes it, takes a number of its own.
+    assert sum(": begun " in text for text in log) == 2
     assert "turns 2, " in log[-1]
     assert not any(status not in (200, 204) for *_, status in phone.webhooks)
     partials = [seconds for url, _, seconds, _ in phone.webhooks if "/listening" in url]
