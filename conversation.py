@@ -511,7 +511,8 @@ class Writer:
         self.written += len(text)
         if self.written > MOST_CHARACTERS:
             raise TimeoutError
-        end, now = end_of_sentences(self.unfinished), time.monotonic()
+        # Without new words no sentence has ended that had not before: pieces and pings are cheap.
+        end, now = end_of_sentences(self.unfinished) if text else 0, time.monotonic()
         if end:
             self._keep(self.unfinished[:end])
             self.unfinished, self.last_sentence = self.unfinished[end:], now
