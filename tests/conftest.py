@@ -89,6 +89,19 @@ PROCESSES.set_forkserver_preload([
 meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and nothing else
 
 
+def in_thread(call):
+    """Start this in a thread; returns a function that waits for its result."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(call()))
+    thread.start()
+
+    def wait():
+        thread.join()
+        return result[0]
+
+    return wait
+
+
 def wait_until(true, seconds=60.0):
     """What this returns, once it is true. The patience is for a busy machine."""
     until = time.monotonic() + seconds

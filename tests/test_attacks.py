@@ -14,8 +14,8 @@ import pytest
 from app import SETTINGS, Settings
 from conversation import end_of_sentences, speakable
 from tests.claude import Reply
-from tests.conftest import meanwhile, wait_until
-from tests.test_hard_to_kill import everything_in, healthz, in_thread, lock, spoil
+from tests.conftest import in_thread, meanwhile, wait_until
+from tests.test_hard_to_kill import everything_in, healthz, lock, spoil
 
 HELLO = "Hello, this is Claude speaking!"
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"

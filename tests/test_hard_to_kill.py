@@ -9,7 +9,6 @@ import resource
 import signal
 import sqlite3
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -19,25 +18,12 @@ import pytest
 
 from store import Store
 from tests.claude import Reply
-from tests.conftest import PROCESSES, meanwhile, wait_until
+from tests.conftest import PROCESSES, in_thread, meanwhile, wait_until
 from tests.deploy import Router
 from tests.phone import parse
 
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
 STORY = "Once upon a time there was a line. It was called by many people every day. It never once hung up on them."
-
-
-def in_thread(call):
-    """Start this in a thread; returns a function that waits for its result."""
-    result = []
-    thread = threading.Thread(target=lambda: result.append(call()))
-    thread.start()
-
-    def wait():
-        thread.join()
-        return result[0]
-
-    return wait
 
 
 def healthz(app):

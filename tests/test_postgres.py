@@ -16,10 +16,10 @@ import pytest
 from store import LOCK_PATIENCE, PostgresStore, StoreError
 from tests import test_call, test_hard_to_kill
 from tests.claude import Claude, Reply
-from tests.conftest import PROXY, PUBLIC_URL, Stage, wait_until
+from tests.conftest import PROXY, PUBLIC_URL, Stage, in_thread, wait_until
 from tests.phone import App, Phone
 from tests.postgres import Server, what_is_missing
-from tests.test_hard_to_kill import SORRY, STORY, healthz, in_thread
+from tests.test_hard_to_kill import SORRY, STORY, healthz
 
 # The tests of a call once more: without those that mostly wait for Claude, that look into SQLite's file, or that are about
 # how a long reply is cut into pieces, which no database changes.

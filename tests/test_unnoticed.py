@@ -15,7 +15,6 @@ import signal
 import socket
 import sqlite3
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +24,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.claude import THOUGHTS, Reply, Thinking, Tool
-from tests.conftest import PROXY, PUBLIC_URL, TOKEN, meanwhile, wait_until
+from tests.conftest import PROXY, PUBLIC_URL, TOKEN, in_thread, meanwhile, wait_until
 from tests.phone import sign
 
 SORRY = "Sorry, something went wrong at my end. Could you say that again?"
@@ -43,19 +42,6 @@ def app(stage):
     """An app with a log and a database of its own: some of these tests spoil both."""
     with stage.other_app(MAX_TURNS="500") as app:
         yield app
-
-
-def in_thread(call):
-    """Start this in a thread; returns a function that waits for its result."""
-    result = []
-    thread = threading.Thread(target=lambda: result.append(call()))
-    thread.start()
-
-    def wait():
-        thread.join()
-        return result[0]
-
-    return wait
 
 
 def get(app, path, method="GET"):
