@@ -28,6 +28,7 @@ import resource
 import socket
 import sys
 import threading
+import time
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import click
@@ -356,21 +357,18 @@ def read_in_time(wsgi_app):
         length = environ.get("CONTENT_LENGTH") or "0"
         if not connection or length == "0" and "HTTP_TRANSFER_ENCODING" not in environ:
             return wsgi_app(environ, start_response)
-        stop_reading = functools.partial(stop, connection)
-        timer, body = threading.Timer(BODY_SECONDS, stop_reading), None
-        try:
-            timer.start()
-        except RuntimeError:  # the machine lets this process have no more threads
-            connection.settimeout(BODY_SECONDS)  # for each piece: less safe, but the call goes on
+        body, being_read[connection] = None, time.monotonic() + BODY_SECONDS
+        with contextlib.suppress(RuntimeError):  # no thread is left: rather no limit than no call
+            start_watching(os.getpid())
         try:
             if not length.isdecimal() or int(length) <= LARGEST_BODY:
                 body = environ["wsgi.input"].read(LARGEST_BODY + 1)
         except Exception:  # gunicorn has one for each way in which a body can be malformed
             log.info("400: a body that can't be read")
-        timer.cancel()
+        del being_read[connection]
         if body is None or len(body) < int(length) or len(body) > LARGEST_BODY or (
                 body.count(b"&") >= MOST_FIELDS):
-            stop_reading()  # or gunicorn itself would wait for the rest
+            stop_reading(connection)  # or gunicorn itself would wait for the rest
             start_response("400 Bad Request", [("Content-Length", "0"), ("Connection", "close")])
             return []
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
@@ -379,7 +377,23 @@ def read_in_time(wsgi_app):
     return reading
 
 
-def stop(connection):
+being_read = {}  # the connections whose body is being read: when that has to be done
+
+
+@functools.cache
+def start_watching(process):
+    """Once in a process, start what ends the reading of a body that takes too long. One thread for
+    all of them: a timer for each costs as much as the rest of a request."""
+    def watch():
+        while True:
+            time.sleep(BODY_SECONDS / 10)
+            for connection, until in list(being_read.items()):
+                if time.monotonic() > until:
+                    stop_reading(connection)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop_reading(connection):
     """Let nothing more come from a client."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RD)

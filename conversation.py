@@ -92,7 +92,7 @@ class Conversation:
         settings = self.line.settings
         turn, is_new = self.store.begin(self.call_sid, delivery, words, time.time() - took,
                                         settings.max_turns, settings.max_turns_a_day,
-                                        guessed_delivery(words))
+                                        settings.think_ahead and guessed_delivery(words))
         if is_new:
             self._begin_to_write(turn, caller)
         elif is_new is None:

@@ -134,7 +134,7 @@ class Store:
             spoke_at: when the caller began to say it, in Unix seconds.
             most: so many turns a call may have; what comes then has the stop "max_turns".
             most_today: so many turns all calls together may have in 24 hours.
-            guessed: the delivery of a guess that has come true with these words.
+            guessed: with THINK_AHEAD, the delivery of a guess that is true if these are its words.
 
         Returns:
             (turn, is_new). The turn is None if the call is over, and 0 if none is left today.
@@ -151,7 +151,7 @@ class Store:
                 return *seen, False
             if self._turns_today(database) >= most_today:
                 return 0, False
-            now = time.time()
+            now, is_true, wrong = time.time(), False, 0
             turns, so_far_at = database.execute(
                 "SELECT turns, so_far_at FROM calls WHERE call_sid = ?", [call_sid]).fetchone()
             database.execute("UPDATE calls SET turns = turns + 1, touched = ?, so_far = NULL,"
@@ -159,25 +159,23 @@ class Store:
                              [now, call_sid])
             database.execute("UPDATE turns SET stop = 'overtaken'"
                              " WHERE call_sid = ? AND guess = 0 AND stop IS NULL", [call_sid])
-            turn = self._next_turn(database, call_sid)
+            turn, spoke_at = self._last_turn(database, call_sid) + 1, so_far_at or spoke_at
             stop = "max_turns" if turns >= most else None
-            true = database.execute(
-                "SELECT turn FROM turns WHERE call_sid = ? AND guess = 1 AND delivery = ? AND ? = 0"
-                " AND COALESCE(stop, '') <> 'wrong' AND (stop IS NOT NULL OR touched > ?)",
-                [call_sid, guessed, int(bool(stop)), now - DEAD_GUESS])
-            for (turn,) in true.fetchall():
-                database.execute("UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?,"
-                                 " delivery = ?, spoke_at = ? WHERE call_sid = ? AND turn = ?",
-                                 [now, words, delivery, so_far_at or spoke_at, call_sid, turn])
-                stop = "true"
-            wrong = database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1",
-                                     [call_sid]).rowcount
-            if stop != "true":
-                self._insert(database, call_sid, turn, delivery, words, so_far_at or spoke_at,
-                             stop=stop)
+            if guessed:
+                is_true = database.execute(
+                    "UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?, delivery = ?,"
+                    " spoke_at = ? WHERE call_sid = ? AND guess = 1 AND delivery = ?"
+                    " AND COALESCE(stop, '') <> 'wrong' AND (stop IS NOT NULL OR touched > ?)",
+                    [now, words, delivery, spoke_at, call_sid, guessed, now - DEAD_GUESS]).rowcount
+                wrong = database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1",
+                                         [call_sid]).rowcount
+            if is_true:
+                turn = self._last_turn(database, call_sid)
+            else:
+                self._insert(database, call_sid, turn, delivery, words, spoke_at, stop=stop)
         if wrong:
             self._empty_log()
-        return turn, None if stop == "true" else stop is None
+        return turn, None if is_true else stop is None
 
     def history(self, call_sid, turn, step):
         """The turns up to this one, as dicts of their columns: between ``step`` and twice as many,
@@ -285,7 +283,7 @@ class Store:
             if not found or len(guesses) >= 3 or (so_far,) in guesses or (
                     self._turns_today(database) >= most_today):
                 return None
-            turn = self._next_turn(database, call_sid)
+            turn = self._last_turn(database, call_sid) + 1
             self._insert(database, call_sid, turn, so_far, words, *found, guess=1)
             return turn
 
@@ -426,8 +424,8 @@ class Store:
                          [call_sid, now, touched])
 
     @staticmethod
-    def _next_turn(database, call_sid):
-        return database.execute("SELECT COALESCE(MAX(turn), 0) + 1 FROM turns WHERE call_sid = ?",
+    def _last_turn(database, call_sid):
+        return database.execute("SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ?",
                                 [call_sid]).fetchone()[0]
 
     @staticmethod
