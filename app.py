@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import re
-import resource
 import socket
 import sys
 import threading
@@ -274,7 +273,7 @@ def say_reply(turn, heard, text, stop, waited):
         line.store.give(request.values["CallSid"], turn, heard)
     text = in_its_language(text)
     anything_said = text or heard
-    if stop.startswith("hand_over"):
+    if stop.startswith("hand_over") and settings.hand_over_to:
         return hand_over_to(settings.hand_over_to, turn, text if anything_said else HANDING_OVER)
     if stop in GOODBYES:
         return goodbye(text if anything_said else GOODBYES[stop])
@@ -775,6 +774,3 @@ if __name__ == "__main__":
     sys.exit("Start the line with: gunicorn app:app --threads 200 --keep-alive 95")
 if not set(sys.argv) & set(app.cli.commands):  # a command of these is no line
     announce()
-    # A waiting caller takes three files: two connections and, for a moment, the database.
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))

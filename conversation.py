@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import re
+import resource
 import threading
 import time
 import unicodedata
@@ -600,9 +601,13 @@ def describe(error):
 def claude_client(api_key):
     """The one client of this process. It opens connections when they are needed."""
     # The SDK closes a connection after 5 s, before the caller has listened and spoken, and a new
-    # one costs 100 ms. 120 s outlast any turn; the other two limits are the SDK's own.
+    # one costs 100 ms. 120 s outlast any turn.
+    # A connection takes a file: of those that this process may have, callers need the others. A
+    # reply that finds no connection free waits for one.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limits = httpx2.Limits(
-        max_connections=1000, max_keepalive_connections=100, keepalive_expiry=120.0)
+        max_connections=files // 4 if 0 < files < 4000 else 1000,  # the SDK's own limit
+        max_keepalive_connections=100, keepalive_expiry=120.0)
     return anthropic.Anthropic(
         api_key=api_key,
         timeout=httpx2.Timeout(SENTENCE_TIMEOUT, connect=5.0),  # so PATIENCE has room to try again
@@ -679,7 +684,8 @@ def own_words(line, phrases, language, may_ask):
     words, again = line.translations.get(language, ({}, 0.0))
     if not words and may_ask and line.claude and time.monotonic() >= again:
         line.translations[language] = {}, time.monotonic() + TRY_AGAIN
-        threading.Thread(target=translate, args=[line, phrases, language], daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no thread is left: in five minutes there may be
+            threading.Thread(target=translate, args=[line, phrases, language], daemon=True).start()
     return words
 
 

@@ -79,10 +79,12 @@ class Store:
 
     Args:
         keep_days: for so many days after a call its words are kept; 0 forgets them with the call.
+        connections: so many at most are open at the same time.
     """
 
-    def __init__(self, path, keep_days=0):
+    def __init__(self, path, keep_days=0, connections=8):
         self.path, self.keep_days = path, keep_days
+        self._free = threading.Semaphore(connections)  # each takes files, which may be few
         # Connections that nobody uses, by their file: to open one costs as much as 20 writes.
         self._idle = collections.defaultdict(list)
         self._one_writer = threading.Lock()
@@ -353,8 +355,11 @@ class Store:
             self._empty_log(patience=0)
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > 60:
-            # Somebody has set the clock. For an hour no call is older than it seems.
+            # Somebody has set the clock. For an hour no call is older than it seems; one that is
+            # on never is, whichever process looks.
             self._clock, self._no_sweep_before = clock, time.monotonic() + 3600
+            with self._writing() as database:
+                database.execute("UPDATE calls SET touched = ? WHERE ended IS NULL", [time.time()])
         if time.monotonic() < self._no_sweep_before:
             return
         kept = time.time() - max(1, self.keep_days) * A_DAY
@@ -470,18 +475,23 @@ class Store:
     @contextlib.contextmanager
     def _connection(self):
         """Lend a connection to one thread."""
-        file = self._which_file()  # what is written to a file that was replaced, nobody would see
+        if not self._free.acquire(timeout=LOCK_PATIENCE):
+            raise sqlite3.OperationalError("other threads use all connections")
         try:
-            connection = self._idle[file].pop()
-        except IndexError:
-            connection, file = self._open(), self._which_file()
-        try:
-            yield connection
-        except BaseException as error:
-            connection.close()  # when the disk recovers, a new one works; this one may not
-            self._put_aside(file, error)
-            raise
-        self._idle[file].append(connection)
+            file = self._which_file()  # nobody would see what is written to one that was replaced
+            try:
+                connection = self._idle[file].pop()
+            except IndexError:
+                connection, file = self._open(), self._which_file()
+            try:
+                yield connection
+            except BaseException as error:
+                connection.close()  # when the disk recovers, a new one works; this one may not
+                self._put_aside(file, error)
+                raise
+            self._idle[file].append(connection)
+        finally:
+            self._free.release()
 
     def _put_aside(self, file, error):
         """If the file is corrupted, begin a new one. One that has words to be kept stays where it
@@ -580,8 +590,7 @@ class PostgresStore(Store):
         global psycopg  # only those who use Postgres have it
         import psycopg
         url, _, size = url.partition("pool_size=")
-        super().__init__(url.rstrip("?&"), keep_days)
-        self._free = threading.Semaphore(max(1, int(size or 8) - 1))  # one more is for listening
+        super().__init__(url.rstrip("?&"), keep_days, max(1, int(size or 8) - 1))  # one listens
         self._listener, self._hears = threading.Thread(), False
         self._awaited = weakref.WeakValueDictionary()  # an Event for each turn that is waited for
 
@@ -589,7 +598,8 @@ class PostgresStore(Store):
         with self._one_writer:
             if not self._listener.is_alive():  # it ends with its connection, and in a fork
                 self._listener = threading.Thread(target=self._listen, daemon=True)
-                self._listener.start()
+                with contextlib.suppress(RuntimeError):  # no thread is left
+                    self._listener.start()
         if not self._hears:
             return super().wait(call_sid, turn, length, seconds)
         news = self._awaited.setdefault(f"{call_sid} {turn}", threading.Event())
@@ -613,8 +623,6 @@ class PostgresStore(Store):
 
     @contextlib.contextmanager
     def _connection(self):
-        if not self._free.acquire(timeout=LOCK_PATIENCE):
-            raise StoreError("other threads use all connections")
         try:
             with super()._connection() as database:
                 yield database
@@ -622,8 +630,6 @@ class PostgresStore(Store):
             for idle in self._idle.pop(os.getpid(), []):
                 idle.close()  # the server may have closed it already
             raise StoreError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
-        finally:
-            self._free.release()
 
     _which_file = staticmethod(os.getpid)  # whose connections they are: a fork has none at first
 

@@ -151,9 +151,9 @@ class Stage:
         }
         return {name: value for name, value in settings.items() if value is not None}
 
-    def other_app(self, arguments="", **more):
+    def other_app(self, arguments="", within=(), **more):
         """An app of one's own, as a context manager."""
-        return App(self.settings(**more), arguments=arguments)
+        return App(self.settings(**more), arguments=arguments, within=within)
 
     def shared_app(self):
         """The app that the tests share, as a context manager."""

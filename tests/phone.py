@@ -664,15 +664,16 @@ class App:
         folder: where app.py and the Procfile are.
         arguments: more for gunicorn.
         inherits: a listening socket's file descriptor, if the app is to use that one.
+        within: a command that starts another one, like prlimit, with its options.
     """
 
     _starting = threading.Semaphore(os.cpu_count() or 1)
 
-    def __init__(self, environ=None, *, folder=ROOT, arguments="", inherits=None):
+    def __init__(self, environ=None, *, folder=ROOT, arguments="", inherits=None, within=()):
         self.scratch = tempfile.mkdtemp(prefix="voice-claude-")
         self.database = os.path.join(self.scratch, "calls.db")
         self.log_path = os.path.join(self.scratch, "log")
-        self.folder, self.arguments, self.inherits = folder, arguments, inherits
+        self.folder, self.arguments, self.inherits, self.within = folder, arguments, inherits, within
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -697,7 +698,8 @@ class App:
         if not procfile.exists():
             procfile = ROOT / "Procfile"  # a learner's folder has none yet
         command = shlex.split(procfile.read_text().partition("web:")[2].splitlines()[0])
-        command = [sys.executable, "-m", *command]  # gunicorn, of this environment
+        command = [procfile.parent / word if word.startswith(".") else word for word in command]  # gunicorn's own file
+        command = [*self.within, sys.executable, "-m", *command]  # gunicorn, of this environment
         address = f"127.0.0.1:{self.port}" if self.inherits is None else f"fd://{self.inherits}"
         bind = f"--bind {address} {self.arguments}"
         try:

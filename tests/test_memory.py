@@ -394,6 +394,12 @@ def test_a_clock_that_jumps_by_a_day_ends_no_call_and_forgets_nothing(stage):
                 the_clock_jumps(
                     stage, app, number, name, lambda: pathlib.Path(shift).write_text(str(seconds))
                 )
+            the_clock_jumps_and_the_process_dies(
+                stage, app, lambda: pathlib.Path(shift).write_text("0")
+            )
+            the_clock_goes_back_and_the_process_dies(
+                stage, app, lambda: pathlib.Path(shift).write_text("-7200")
+            )
 
 
 def the_clock_jumps(stage, app, number, name, jump):
@@ -431,3 +437,38 @@ def the_clock_jumps(stage, app, number, name, jump):
     for phone in (on, listening, again):
         phone.hang_up()
         assert phone.warnings == []
+
+
+def the_clock_jumps_and_the_process_dies(stage, app, a_day_on):
+    """A call that is on is known to be on by the next process too."""
+    phone, other = stage.phone(app), stage.phone(app)
+    phone.call()
+    phone.say("I was here yesterday.")
+    a_day_on()
+    other.call()
+    os.kill(*app.workers(), signal.SIGKILL)
+    phone.say("And where am I today?")
+    assert said_before(stage.claude, "And where am I today?")[0] == "I was here yesterday."
+    for one in (phone, other):
+        one.hang_up()
+        assert one.warnings == []
+
+
+def the_clock_goes_back_and_the_process_dies(stage, app, two_hours_back):
+    """What that process was writing is given up, as it is where nobody touches the clock."""
+    words = "Tell me while the clock goes back."
+    stage.claude.when(words, Reply("It goes back, and back. Then", ending="stall"))
+    phone = stage.phone(app)
+    phone.call()
+
+    def on_hearing(text):
+        assert len(phone.said) < 9, "that would go on for an hour"
+        if len(phone.said) == 2:
+            two_hours_back()
+            os.kill(*app.workers(), signal.SIGKILL)
+
+    phone.on_hearing = on_hearing
+    assert phone.say(words).endswith("Could you say that again?")
+    assert [text for text, *_ in phone.said].count("One moment.") < 4
+    phone.hang_up()
+    assert phone.warnings == []

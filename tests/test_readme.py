@@ -561,7 +561,7 @@ def test_the_app_is_started_as_in_the_procfile_everywhere():
     (command_of_the_procfile,) = re.findall(r"\$\((.*)\)", only("dockerfile").text)
     found = subprocess.run(["sh", "-c", command_of_the_procfile], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout.strip() == COMMAND
-    assert [row.cells[0].strip("`") for row in table("flag")] == re.findall(r"--[\w-]+(?: \d+)?", COMMAND)
+    assert [row.cells[0].strip("`") for row in table("flag")] == re.findall(r"--?[\w-]+(?: [^-]\S*)?", COMMAND)
 
 
 def test_every_flask_command_exists(app_module):
