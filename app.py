@@ -362,9 +362,8 @@ def read_in_time(wsgi_app):
         try:
             if not length.isdecimal() or int(length) <= LARGEST_BODY:
                 body = environ["wsgi.input"].read(LARGEST_BODY + 1)
-        except Exception:  # gunicorn has one for each way in which a body can be malformed
-            log.info("400: a body that can't be read")
-        del being_read[connection]
+        finally:  # what is malformed is an exception, and gunicorn answers it with 400
+            del being_read[connection]
         if body is None or len(body) < int(length) or len(body) > LARGEST_BODY or (
                 body.count(b"&") >= MOST_FIELDS):
             stop_reading(connection)  # or gunicorn itself would wait for the rest

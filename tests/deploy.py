@@ -2,8 +2,9 @@
 
     python -m tests.deploy                    each way, 20 times; some 15 minutes
     python -m tests.deploy --times 5 reload   one way, 5 times
+    python -m tests.deploy --database postgres://user:password@host/name heroku     with that: leaves its tables there
 
-The ways, each with a database that the old and the new process share:
+The ways, each with a database that the old and the new process share, SQLite if no other is named:
 
     restart   SIGTERM, and a new process at once, on the same port
     patient   SIGTERM, and a new process on the same port when the old one has ended
@@ -174,11 +175,12 @@ def replace_elsewhere(app, router, way, stack, arguments):
     return new
 
 
-def measure(way, times, arguments, log):
+def measure(way, times, arguments, log, **settings):
     """Replace the app so often in this way, and print a row of what the callers noticed."""
     with contextlib.ExitStack() as stack:
         claude = stack.enter_context(Claude(default=lambda words: Reply(f"You said: {words}", first_token=0.6)))
-        app = App({"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": claude.url}, arguments=arguments)
+        settings |= {"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": claude.url}
+        app = App({**settings, "MAX_TURNS_A_DAY": "1000000"}, arguments=arguments)
         if way == "socket":
             held = stack.enter_context(socket.create_server(("127.0.0.1", app.port), backlog=100))
             app.inherits = held.fileno()
@@ -223,10 +225,12 @@ def main():
     parser.add_argument("ways", nargs="*", metavar="way", help=f"one of {', '.join(ways)}; all without")
     parser.add_argument("--times", type=int, default=20, help="so often each (default: %(default)s)")
     parser.add_argument("--arguments", default="", help="more for gunicorn")
+    parser.add_argument("--database", help="a DATABASE_URL for the app")
     parser.add_argument("--log", action="store_true", help="print what the app has logged")
     options = parser.parse_args()
+    settings = {"DATABASE_URL": options.database} if options.database else {}
     for way in options.ways or ways:
-        measure(way, options.times, options.arguments, options.log)
+        measure(way, options.times, options.arguments, options.log, **settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A Postgres server of the tests' own: a real one, in a temporary folder, on a free port of loopback.
 
-It needs what Debian's package ``postgresql`` installs, and ``pip install 'psycopg[binary]'``.
+It needs what Debian's package ``postgresql`` installs, and ``pip install 'psycopg[binary]'``. Like those of the
+platforms it speaks TLS, with a certificate of its own making.
 """
 
 import contextlib
@@ -48,8 +49,14 @@ class Server:
     def __enter__(self):
         try:
             self._run("initdb", "--no-sync", "--auth=trust", "--username=claude", "--encoding=UTF8", "--locale=C")
+            key = f"{self.folder}/key.pem"
+            shutil.copy(pathlib.Path(__file__).with_name("certificate.pem"), key)
+            os.chmod(key, 0o600)
+            if self.user:
+                os.chown(key, pwd.getpwnam("postgres").pw_uid, -1)
             # Nobody needs its words after a crash of this machine.
             settings = f"port={self.port}\nlisten_addresses='127.0.0.1'\nunix_socket_directories=''\nfsync=off\n"
+            settings += f"ssl=on\nssl_cert_file='{key}'\nssl_key_file='{key}'\n"
             with open(f"{self.folder}/data/postgresql.conf", "a", encoding="utf-8") as configuration:
                 configuration.write(settings)
             self.start()
@@ -75,6 +82,27 @@ class Server:
         self.names += 1
         self.query(self.url("postgres"), f"CREATE DATABASE calls{self.names}")
         return self.url(f"calls{self.names}")
+
+    @contextlib.contextmanager
+    def pooler(self, url):
+        """The URL of a PgBouncer before this database, in the mode in which most poolers are: it lends a connection
+        for one transaction. (What Debian's package ``pgbouncer`` installs.)"""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        name, configuration = url.rpartition("/")[2], pathlib.Path(self.folder, "pgbouncer.ini")
+        configuration.write_text(
+            f"[databases]\n{name} = host=127.0.0.1 port={self.port} user=claude\n[pgbouncer]\nlisten_port = {port}\n"
+            "listen_addr = 127.0.0.1\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
+            "default_pool_size = 4\nignore_startup_parameters = extra_float_digits\n", encoding="utf-8")
+        pooler = subprocess.Popen(
+            [shutil.which("pgbouncer") or "/usr/sbin/pgbouncer", configuration], cwd=self.folder,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self.user)
+        try:
+            yield url.replace(str(self.port), str(port))
+        finally:
+            pooler.kill()
+            pooler.wait()
 
     def url(self, name):
         return f"postgres://claude:secret@127.0.0.1:{self.port}/{name}"

@@ -6,6 +6,7 @@ skipped, unless VOICE_CLAUDE_ALL_TESTS is 1: then that is a failure.
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 from store import LOCK_PATIENCE, PostgresStore, StoreError
 from tests import test_call, test_hard_to_kill
 from tests.claude import Claude, Reply
-from tests.conftest import PROXY, PUBLIC_URL, Stage, in_thread, wait_until
+from tests.conftest import PROXY, PUBLIC_URL, Stage, cannot_run, in_thread, wait_until
 from tests.phone import App, Phone
 from tests.postgres import Server, what_is_missing
 from tests.test_hard_to_kill import SORRY, STORY, healthz
@@ -91,9 +92,7 @@ class StageWithPostgres(Stage):
 @pytest.fixture(scope="module")
 def server():
     if missing := what_is_missing():
-        if os.environ.get("VOICE_CLAUDE_ALL_TESTS") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
+        cannot_run(missing)
     with Server() as server:
         yield server
 
@@ -201,6 +200,35 @@ def a_machine_that_is_killed_in_mid_reply(stage, app):
     assert phone.say("Who am I?") == "You said: Who am I?"
     (request,) = stage.claude.asked("Who am I?")
     assert request.messages[0] == ("user", "My name is Ann.") and ("assistant", first) in request.messages
+
+
+def test_behind_a_pooler_that_lets_no_news_through(stage):
+    if not (shutil.which("pgbouncer") or os.path.exists("/usr/sbin/pgbouncer")):
+        cannot_run("no PgBouncer is installed: apt-get install pgbouncer")
+    stage.claude.when("Tell it to the pool.", Reply(STORY, pace=20))
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(stage.server.pooler(stage.server.database()))
+        machines = [stack.enter_context(stage.other_app(DATABASE_URL=url)) for _ in range(2)]
+        phone = type("PhoneOfTwo", (PhoneOfTwo,), {"machines": machines})(
+            "", machines[0].token, public_url=PUBLIC_URL, headers=PROXY)
+        phone.call()
+        assert phone.say("Tell it to the pool.") == STORY
+        assert len(set(phone.turns[-3:])) == 2, "both machines had a part in it"
+        assert phone.say("And you?") == "You said: And you?"
+        with ThreadPoolExecutor(20) as threads:
+            assert set(threads.map(lambda _: healthz(machines[0]), range(40))) == {200}
+        phone.hang_up()
+        assert phone.warnings == [] and "Traceback" not in machines[0].log() + machines[1].log()
+
+
+def test_the_connections_are_encrypted(stage):
+    phone = stage.phone()
+    phone.call()
+    phone.say("Is anybody listening?")
+    encrypted = stage.query("SELECT ssl, count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
+                            " WHERE datname = current_database() AND backend_type = 'client backend'"
+                            " GROUP BY ssl")
+    assert [ssl for ssl, _ in encrypted] == [True]
 
 
 # --- The server fails ---------------------------------------------------------------------------------------------------
