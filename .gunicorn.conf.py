@@ -1,14 +1,65 @@
-"""What gunicorn does on a machine that gives it little: fewer threads and connections than the
-Procfile asks for, rather than a worker that dies with all its calls where it gets no more.
+"""How gunicorn serves the line: no stranger holds its threads; and on a machine with little room it
+has fewer of them, rather than a worker that dies with all its calls where it gets no more.
 
-https://gunicorn.org/reference/settings/#server-hooks
+What is here uses gunicorn's hooks: https://gunicorn.org/reference/settings/#server-hooks
 """
 
 import contextlib
+import io
 import pathlib
 import resource
+import socket
 import threading
+import time
 
+# --- Who takes too long ---------------------------------------------------------------------------
+LARGEST_BODY = 32 * 1024  # bytes; a minute of speech is 12 kB at most
+MOST_FIELDS = 200  # of a form: Twilio's have some 40, and each costs time before its signature does
+BODY_SECONDS = 5.0  # for all of a body: half-sent and trickled ones would hold all threads
+
+
+def read_in_time(wsgi_app):
+    """Read the body of each request before the app looks at it, within BODY_SECONDS."""
+    being_read = {}  # the connections whose body is being read: when that has to be done
+
+    def watch():
+        """One thread for all of them: a timer for each costs as much as the rest of a request."""
+        while True:
+            time.sleep(BODY_SECONDS / 10)
+            for connection, until in list(being_read.items()):
+                if time.monotonic() > until:
+                    stop_reading(connection)
+
+    def reading(environ, start_response):
+        connection, length = environ["gunicorn.socket"], int(environ.get("CONTENT_LENGTH") or 0)
+        if not length and "HTTP_TRANSFER_ENCODING" not in environ:
+            return wsgi_app(environ, start_response)
+        body, being_read[connection] = b"", time.monotonic() + BODY_SECONDS
+        try:
+            if length <= LARGEST_BODY:
+                body = environ["wsgi.input"].read(LARGEST_BODY + 1)
+        finally:  # what is malformed is an exception, and gunicorn answers it with 400
+            del being_read[connection]
+        if not length <= len(body) <= LARGEST_BODY or body.count(b"&") >= MOST_FIELDS:
+            stop_reading(connection)  # or gunicorn itself would wait for the rest
+            start_response("400 Bad Request", [("Content-Length", "0"), ("Connection", "close")])
+            return []
+        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        return wsgi_app(environ, start_response)
+
+    with contextlib.suppress(RuntimeError):  # no thread is left: rather no limit than no call
+        threading.Thread(target=watch, daemon=True).start()
+    return reading
+
+
+def stop_reading(connection):
+    """Let nothing more come from a client."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
+
+
+# --- A machine with little room -------------------------------------------------------------------
 THREADS_OF_ITS_OWN = 5  # of a worker, beside those that answer and those that write replies
 
 
@@ -16,7 +67,8 @@ def on_starting(server):
     """Raise the limits that may be raised, and keep within the others. The workers inherit both."""
     for limit in resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC:
         most = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (most, most))
+        with contextlib.suppress(ValueError, OSError):  # a Mac doesn't give what it calls unlimited
+            resource.setrlimit(limit, (most, most))
     # A caller who waits takes two threads: one waits, and one writes the reply.
     threads = most_threads() // server.cfg.workers - THREADS_OF_ITS_OWN
     server.cfg.set("threads", max(1, min(server.cfg.threads, threads // 2)))
@@ -41,7 +93,9 @@ def most_threads():
 
 
 def post_worker_init(worker):
-    """Start all threads now. Later there may be none left, and gunicorn wouldn't survive that."""
+    """Before the first request: read it in time, and start all threads now. Later there may be none
+    left, and gunicorn wouldn't survive that."""
+    worker.wsgi = read_in_time(worker.wsgi)
     go_on = threading.Event()
     with contextlib.suppress(RuntimeError):
         for _ in range(worker.cfg.threads):

@@ -17,17 +17,13 @@ Whatever goes wrong, what Twilio asks is answered in TwiML: with anything else t
 import contextlib
 import datetime
 import difflib
-import functools
 import hmac
-import io
 import json
 import logging
 import os
 import re
-import socket
 import sys
 import threading
-import time
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import click
@@ -65,10 +61,10 @@ AFTERWORDS = {
     "end_turn": "", "stop_sequence": "",
     "max_tokens": "There's more to say about that. Shall I go on?",
     "refusal": "I can't help with that. What else can I do for you?"}
-# After these ends the line hangs up. The words are for a reply without words of its own.
 TOMORROW = "This line has talked so much today that it has to rest. Please try tomorrow. Goodbye!"
 KEY_IN = "Please key in your PIN, and then the pound key."
 WRONG_PIN = "That was not the right PIN."
+# After these ends the line hangs up. The words are for a reply without words of its own.
 GOODBYES = {
     "hang_up": "Goodbye!",
     "max_turns": "We have talked for so long that I have to hang up now. Thank you. Goodbye!"}
@@ -80,8 +76,6 @@ OWN_WORDS = [*ARE_YOU_THERE, NOBODY_THERE, *ONE_MOMENT, SORRY, NO_ANSWER, HANDIN
 @app.route("/", methods=["GET", "POST"])
 def call_comes_in():
     """Greet, and listen."""
-    if is_a_browser():
-        return page()
     call_sid = request.values["CallSid"]
     log.info("call %s begins, with %s", call_sid, last_digits())
     with contextlib.suppress(StoreError):  # a greeting needs no store
@@ -127,7 +121,7 @@ def listening():
     if settings.think_ahead and line.claude and so_far.strip():
         # Twilio counts anew each time when it listens, also after a silence. A minute has fewer.
         number = min(abs(request.form.get("SequenceNumber", 0, type=int)), 9999)
-        number = min(number + 10_000 * number_in_url("silences"), 10**9)
+        number += 10_000 * min(number_in_url("silences"), 9)
         call = Conversation(request.values["CallSid"], line)
         heard = so_far, number_in_url("after"), number, the_caller()
         with contextlib.suppress(RuntimeError):  # no thread is left: this can be done without
@@ -137,7 +131,7 @@ def listening():
 
 @app.post("/status_callback")
 def status_callback():
-    """The call is over: forget it. Twilio may not report that: a day later it is forgotten too."""
+    """The call is over: forget it. What Twilio doesn't report is forgotten two hours later."""
     if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
         call_sid, seconds = request.values["CallSid"], request.values.get("CallDuration", "?")
         log.info("call %s is over: %s s, turns %d, tokens %d in %d out",
@@ -152,9 +146,11 @@ def apologise(error):
         return error  # this is no call: a stranger, or a browser
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
-    silences = number_in_url("silences")
+    if request.endpoint == "healthz":
+        return "Voice Claude is not well: see the log.\n", 503
     if request.endpoint == "listening":
         return "", 204
+    silences = number_in_url("silences")
     if request.endpoint == "hand_over" or silences > len(ARE_YOU_THERE):
         return goodbye()
     return say_and_listen(SORRY, silences=silences)
@@ -175,10 +171,17 @@ def what_was_said():
     return words
 
 
+def in_url(name):
+    """What the URL that Twilio asks carries by this name; where Twilio falls back to another URL,
+    what the one that went wrong carries. Empty if it isn't there."""
+    asked = request.values.get("ErrorUrl") or request.url
+    return parse_qs(urlsplit(asked).query).get(name, [""])[0]
+
+
 def number_in_url(name):
-    """A number that one of our own URLs carries; 0 if it isn't there, or is no number."""
-    number = request.args.get(name, 0, type=int)
-    return min(max(0, number), 10**9)  # a larger one is not ours, and SQLite might refuse it
+    """The same for a number: 0 if it isn't there, or can't be one of ours."""
+    number = in_url(name)
+    return int(number) if re.fullmatch("[0-9]{1,9}", number) else 0
 
 
 # --- What the caller hears ------------------------------------------------------------------------
@@ -197,16 +200,16 @@ RETRIES = "#rc=5&rp=5xx,ct,rt&rt=8000"
 
 def twiml(response):
     """An answer to Twilio. Nothing on the way may keep it: the next answer is another one."""
-    return app.response_class(
-        str(response), mimetype="text/xml", headers={"Cache-Control": "no-store"})
+    return str(response), {"Content-Type": "text/xml; charset=utf-8", "Cache-Control": "no-store"}
 
 
 def url(path, **query):
     """Where Twilio goes next, on the same host; below PUBLIC_URL's path, if that has one. The URL
     carries the language of the call, if that isn't the line's first."""
     path = urlsplit(settings.public_url).path + path
-    query |= {"language": g.language} if language_of_call() != settings.languages[0] else {}
-    if settings.think_ahead and path.endswith(("/talking", "/listening")):
+    if language_of_call() != settings.languages[0]:
+        query["language"] = language_of_call()
+    if settings.think_ahead:
         query["after"] = g.get("after") or number_in_url("after")  # so many turns there were
     return path + (f"?{urlencode(sorted(query.items()))}" if query else "") + RETRIES
 
@@ -224,12 +227,10 @@ def say(verb, *texts):
 
 
 def say_and_listen(*texts, silences=0):
-    """Say something, and let the caller, silent so often in a row, speak or press a key."""
-    response, ahead = VoiceResponse(), {}
-    if settings.think_ahead:
-        silent = {"silences": silences} if silences else {}
-        ahead = {"partial_result_callback": url("/listening", **silent),
-                 "partial_result_callback_method": "POST"}
+    """Say something, and let the caller speak or press a key. ``silences`` is how often in a row
+    the caller was silent before."""
+    response = VoiceResponse()
+    ahead = url("/listening", silences=silences) if settings.think_ahead else None
     gather = response.gather(
         input="speech dtmf",
         action=url("/talking"),
@@ -243,7 +244,7 @@ def say_and_listen(*texts, silences=0):
         num_digits=1,  # a key is answered at once; waiting for another one would be dead air
         finish_on_key="",  # so that # is a key like any other
         language=language_of_call() or None,
-        **ahead)
+        partial_result_callback=ahead)  # posted, if nothing else is said
     say(gather, *texts)
     response.redirect(url("/talking", silences=silences + 1), method="POST")  # for a silent caller
     return twiml(response)
@@ -274,7 +275,7 @@ def say_reply(turn, heard, text, stop, waited):
     text = in_its_language(text)
     anything_said = text or heard
     if stop.startswith("hand_over") and settings.hand_over_to:
-        return hand_over_to(settings.hand_over_to, turn, text if anything_said else HANDING_OVER)
+        return dial_person(turn, text if anything_said else HANDING_OVER)
     if stop in GOODBYES:
         return goodbye(text if anything_said else GOODBYES[stop])
     afterword = AFTERWORDS.get(stop, SORRY)
@@ -290,29 +291,26 @@ def in_its_language(text):
 
 
 def language_of_call():
-    """What is spoken and listened for. The URL that Twilio asks says so; or the one that went
-    wrong, where Twilio falls back to another."""
+    """What is spoken and listened for: the URL says so, until Claude switches."""
     if "language" not in g:
-        asked = request.values.get("ErrorUrl") or request.url
-        (g.language,) = parse_qs(urlsplit(asked).query).get("language", settings.languages)[:1]
-        if g.language not in settings.languages:
-            g.language = settings.languages[0]
+        language = in_url("language")
+        g.language = language if language in settings.languages else settings.languages[0]
     return g.language
 
 
 # --- Handing a call over (with HAND_OVER_TO) ------------------------------------------------------
 
 
-def hand_over_to(number, turn, *texts):
+def dial_person(turn, text):
     """Say something, and dial a person. What that person hears first is asked of /hand_over."""
     response = VoiceResponse()
-    say(response, *texts)
+    say(response, text)
     own = request.values.get("From" if is_outbound() else "To")
     # After 20 s of ringing nobody comes. The caller hears it ring, as the call isn't bridged yet.
     dial = response.dial(action=url("/talking"), method="POST", timeout=20, caller_id=own,
                          answer_on_bridge=True)
     ask = url("/hand_over", call_sid=request.values["CallSid"], turn=turn)
-    dial.number(number, url=ask, method="POST")
+    dial.number(settings.hand_over_to, url=ask, method="POST")
     return twiml(response)
 
 
@@ -344,86 +342,31 @@ def handed_over():
 # Platforms put one proxy before the app: take scheme and host from what that says. A forged header
 # gains nothing, since the signature covers the real URL.
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
-LARGEST_BODY = 32 * 1024  # bytes; a minute of speech is 12 kB at most
-MOST_FIELDS = 200  # of a form: Twilio's have some 40, and each costs time before its signature does
-BODY_SECONDS = 5.0  # for all of a body: half-sent and trickled ones would hold all threads
-
-
-def read_in_time(wsgi_app):
-    """Read the body of each request before anything else looks at it, within BODY_SECONDS."""
-    def reading(environ, start_response):
-        connection = environ.get("gunicorn.socket")
-        length = environ.get("CONTENT_LENGTH") or "0"
-        if not connection or length == "0" and "HTTP_TRANSFER_ENCODING" not in environ:
-            return wsgi_app(environ, start_response)
-        body, being_read[connection] = None, time.monotonic() + BODY_SECONDS
-        with contextlib.suppress(RuntimeError):  # no thread is left: rather no limit than no call
-            start_watching(os.getpid())
-        try:
-            if not length.isdecimal() or int(length) <= LARGEST_BODY:
-                body = environ["wsgi.input"].read(LARGEST_BODY + 1)
-        finally:  # what is malformed is an exception, and gunicorn answers it with 400
-            del being_read[connection]
-        if body is None or len(body) < int(length) or len(body) > LARGEST_BODY or (
-                body.count(b"&") >= MOST_FIELDS):
-            stop_reading(connection)  # or gunicorn itself would wait for the rest
-            start_response("400 Bad Request", [("Content-Length", "0"), ("Connection", "close")])
-            return []
-        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
-        environ.pop("HTTP_TRANSFER_ENCODING", None)
-        return wsgi_app(environ, start_response)
-    return reading
-
-
-being_read = {}  # the connections whose body is being read: when that has to be done
-
-
-@functools.cache
-def start_watching(process):
-    """Once in a process, start what ends the reading of a body that takes too long. One thread for
-    all of them: a timer for each costs as much as the rest of a request."""
-    def watch():
-        while True:
-            time.sleep(BODY_SECONDS / 10)
-            for connection, until in list(being_read.items()):
-                if time.monotonic() > until:
-                    stop_reading(connection)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def stop_reading(connection):
-    """Let nothing more come from a client."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RD)
-
-
-app.wsgi_app = read_in_time(app.wsgi_app)
 
 
 @app.before_request
 def who_may_call():
-    """Four checks: a stranger could spend the owner's money, and hear what was said."""
+    """Three checks: a stranger could spend the owner's money, and hear what was said."""
     if request.scheme not in ("http", "https"):
         abort(400)  # an X-Forwarded-Proto that no proxy sends
-    if request.endpoint in (None, "healthz") or is_a_browser():
+    if request.endpoint in (None, "healthz"):
         return None  # this is not about a call; without an endpoint Flask says 404
-    if refused := only_forms() or only_twilio() or only_allowed_callers():
-        return refused
+    if request.path == "/" and request.method != "POST" and "CallSid" not in request.args:
+        return page()  # a person looks whether the line runs: Twilio always sends a CallSid
+    only_twilio()
     if request.endpoint != "listening":  # there are many, and they have to be quick
         with contextlib.suppress(StoreError):  # whatever request comes next forgets what is old
             line.store.sweep()
-    return only_with_pin()
-
-
-def only_forms():
-    """Twilio posts forms. Refuse anything else."""
-    if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
-        abort(415)
+    if request.endpoint in ("hand_over", "status_callback"):
+        return None  # the line itself has called that person; and nobody talks after the end
+    return only_allowed_callers() or only_with_pin()
 
 
 def only_twilio():
-    """Twilio signs what it sends, with the account's auth token
+    """Twilio posts forms, and signs what it sends with the account's auth token
     (https://www.twilio.com/docs/usage/security#validating-requests)."""
+    if request.method == "POST" and request.mimetype != "application/x-www-form-urlencoded":
+        abort(415)
     token, signature = settings.twilio_auth_token, request.headers.get("X-Twilio-Signature", "")
     if not token:  # the validator takes an empty one for a token like any other
         log.warning("403: set TWILIO_AUTH_TOKEN, and Twilio's requests will be answered")
@@ -440,8 +383,6 @@ def only_allowed_callers():
     """Everyone may call, or only the numbers in ALLOWED_CALLERS."""
     if not settings.allowed_callers or the_caller().number in settings.allowed_callers:
         return None
-    if request.endpoint == "hand_over":
-        return None  # the line itself has called that person
     if request.endpoint != "call_comes_in":
         return goodbye()  # this call has been answered already
     log.info("call %s rejected: %s is not in ALLOWED_CALLERS",
@@ -460,14 +401,11 @@ def called_url():
 
 def only_with_pin():
     """With a PIN nothing of a call goes on before the caller has keyed it in, one of three times.
-    Twilio's URL carries the count, so the caller can't change it."""
+    The URL carries the count, so the caller can't change it, and no failure begins it anew."""
     call_sid, keyed = request.values["CallSid"], request.form.get("Digits", "")
-    if not settings.pin or request.endpoint in ("hand_over", "status_callback") or (
-            line.store.is_trusted(call_sid)):
+    if not settings.pin or line.store.is_trusted(call_sid):
         return None
-    # The same after Twilio's fallback, or a failure would be worth three more tries.
-    tries = re.search("[?&]tries=([1-3])", request.values.get("ErrorUrl") or request.url)
-    tries = int(tries[1]) if tries else 0
+    tries = number_in_url("tries")
     if request.endpoint == "call_comes_in" and tries:
         if hmac.compare_digest(keyed.encode(), settings.pin.encode()):
             line.store.open(call_sid, own_number(), trusted=True)
@@ -505,18 +443,13 @@ def the_caller():
 def own_number():
     """The caller's number if it is one, exactly as Twilio writes numbers; otherwise None."""
     number = the_caller().number
-    return number if phone_number(number) == number and number not in WITHHELD else None
+    return number if re.fullmatch(NUMBER, number) and number not in WITHHELD else None
 
 
 def last_digits():
     """The caller's number as it may stand in the log."""
     number = the_caller().number
-    return f"...{number[-3:]}" if phone_number(number) else "a withheld number"
-
-
-def is_a_browser():
-    """True for a person who looks whether the line runs. Twilio always sends a CallSid."""
-    return request.path == "/" and request.method != "POST" and "CallSid" not in request.args
+    return f"...{number[-3:]}" if re.fullmatch(NUMBER, number) else "a withheld number"
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -524,6 +457,7 @@ def is_a_browser():
 # A value in quotes, or "...", was pasted and not meant: no pattern lets it through.
 TEXT = r"""(?s)(?!(["']).*\1$).*\w.*"""
 TAG = "[A-Za-z]{2,3}(-[A-Za-z0-9]+)*"
+NUMBER = r"\+[1-9][0-9]{6,14}"  # as Twilio writes one (https://www.itu.int/rec/T-REC-E.164)
 SETTINGS = {
     "ANTHROPIC_API_KEY": ("", r"(?!.*\.\.)[\w.~+/-]{8,}=*", "the key as Anthropic shows it"),
     "TWILIO_AUTH_TOKEN": ("", r"[\w-]+", "the token as Twilio shows it"),
@@ -536,14 +470,15 @@ SETTINGS = {
     "LANGUAGE": ("", rf"{TAG}(\s*,\s*{TAG})*", "a language, like en-GB, or several: en-GB,de-DE"),
     "VOICE": ("", r"[\w.-]+(\s*,\s*[\w.-]+)*", "a voice of Twilio's for each language in LANGUAGE"),
     "SPEECH_MODEL": ("", r"[a-z][\w.-]*", "a speechModel of Twilio's, like deepgram_nova-3"),
-    "ALLOWED_CALLERS": ("", r"[+\d ().,/-]+", "numbers like +15551234567, separated by commas"),
-    "MAX_TURNS": ("100", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
-    "MAX_TURNS_A_DAY": ("1000", r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
+    "ALLOWED_CALLERS": ("", rf",*{NUMBER}(,+{NUMBER})*,*",
+                        "numbers like +15551234567, separated by commas"),
+    "MAX_TURNS": (100, r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
+    "MAX_TURNS_A_DAY": (1000, r"0*[1-9]\d{0,8}", "a whole number, 1 or more"),
     "PIN": ("", r"\d{6,12}", "6 to 12 digits"),
-    "KEEP_DAYS": ("0", r"\d{1,4}", "a whole number of days"),
+    "KEEP_DAYS": (0, r"\d{1,4}", "a whole number of days"),
     "THINK_AHEAD": ("no", "yes|no", "yes or no"),
-    "WEB_SEARCHES": ("0", r"\d{1,9}", "a whole number"),
-    "HAND_OVER_TO": ("", r"[+\d ()./-]+", "a number like +15551234567"),
+    "WEB_SEARCHES": (0, r"\d{1,9}", "a whole number"),
+    "HAND_OVER_TO": ("", NUMBER, "a number like +15551234567"),
     "DATABASE_URL": ("sqlite:///calls.db", r"sqlite:///[^~:?\s][^:?]*|"
                      r"postgres(ql)?://(?!.*pool_size=(?![1-9]\d{0,3}$))\S+",
                      "sqlite:/// and the path of a file, without ~, or postgres://user:password@"
@@ -556,46 +491,31 @@ class Settings:
 
     def __init__(self, environ):
         for name, (default, pattern, takes) in SETTINGS.items():
-            value = environ.get(name, "").strip()
-            if name == "LANGUAGE" and re.search("[_:]", value):
-                value = ""  # en_GB:en is the operating system's, for the programs on its screen
-            # Some models refuse any effort, so an empty CLAUDE_EFFORT is not the default.
-            if not value and not (name == "CLAUDE_EFFORT" and name in environ):
-                value = default
-            if value and not re.fullmatch(pattern, value):
+            value = written = environ.get(name, "").strip()
+            if name == "LANGUAGE" and re.search("[_:]", written):
+                written = ""  # en_GB:en is the operating system's, for the programs on its screen
+            if name in ("ALLOWED_CALLERS", "HAND_OVER_TO"):  # people write +44 (0)20 7946 0958
+                value = re.sub(r"\(0\)|[ ()./-]", "", written)
+            if written and not re.fullmatch(pattern, value):
                 raise ValueError(f"{name} takes {takes}")
-            setattr(self, name.lower(), value)
+            # Some models refuse any effort, so an empty CLAUDE_EFFORT is not the default.
+            if not written and not (name == "CLAUDE_EFFORT" and name in environ):
+                value = default
+            setattr(self, name.lower(), type(default)(value))  # a number, where the default is one
         self.public_url = self.public_url.rstrip("/")
-        for name in "max_turns", "max_turns_a_day", "keep_days", "web_searches":
-            setattr(self, name, int(getattr(self, name)))
+        self.allowed_callers = set(filter(None, self.allowed_callers.split(",")))
         # Claude would search for words that may not be all.
         self.think_ahead = self.think_ahead == "yes" and not self.web_searches
-        for name in "ALLOWED_CALLERS", "HAND_OVER_TO":
-            written = getattr(self, name.lower())
-            numbers = {phone_number(text) for text in written.split(",") if text.strip()}
-            if None in numbers or (written and not numbers):
-                raise ValueError(f"{name} takes {SETTINGS[name][2]}")
-            setattr(self, name.lower(), numbers)
-        (self.hand_over_to,) = self.hand_over_to or [""]
         self.languages, voices = re.split(r"\s*,\s*", self.language), self.voice.split(",")
         if self.voice and len(voices) != len(self.languages):
             raise ValueError(f"VOICE takes {SETTINGS['VOICE'][2]}")
         self.voices = dict(zip(self.languages, map(str.strip, voices))) if self.voice else {}
 
 
-def phone_number(text):
-    """A number as Twilio writes it, like +442079460958, from one as people write it, like
-    +44 (0)20 7946 0958; None if it is none (https://www.itu.int/rec/T-REC-E.164)."""
-    number = re.sub(r"\(0\)|[ ()./-]", "", text)
-    return number if re.fullmatch(r"\+[1-9][0-9]{6,14}", number) else None
-
-
 try:
     settings = Settings(os.environ)
-    path, kind = settings.database_url.removeprefix("sqlite:///"), Store
-    if settings.database_url.startswith("postgres"):
-        kind = PostgresStore
-    store = kind(path, settings.keep_days)
+    kind = PostgresStore if settings.database_url.startswith("postgres") else Store
+    store = kind(settings.database_url.removeprefix("sqlite:///"), settings.keep_days)
 except (ValueError, ImportError) as error:
     if isinstance(error, ImportError):
         error = "a Postgres in DATABASE_URL needs psycopg: pip install 'psycopg[binary]'"
@@ -611,13 +531,9 @@ line = Line(settings, store, claude_client(key) if key else None)
 def healthz():
     """For the platform: 200 as long as calls can be remembered. Strangers may ask too, so the store
     looks once a second at most."""
-    try:
-        line.store.sweep()
-        line.store.check()
-        return "Voice Claude is well.\n"
-    except StoreError as error:
-        log.error("the database failed: %s", error)
-        return "The database failed: see the log.\n", 503
+    line.store.sweep()
+    line.store.check()
+    return "Voice Claude is well.\n"
 
 
 def page():
@@ -636,7 +552,7 @@ def page():
 def announce():
     """Tell the log what runs here, in one line, and what the owner may have missed."""
     callers = len(settings.allowed_callers)
-    database = re.sub("(?<=s://|l://).*@", "", settings.database_url.partition("?")[0])
+    database = re.sub("(?<=s://|l://)[^/]*@", "", settings.database_url).partition("?")[0]
     log.info("Voice Claude: model %s, effort %s, database %s, calls from %s%s, %d turns a call, "
              "%d a day, words kept for %d days", settings.claude_model,
              settings.claude_effort or "none", database,
@@ -739,29 +655,27 @@ def make_sure_that_it_answers(address, http):
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def calls(call_sid, as_json):
     """List the calls of which words are there; or print one, by its CALL_SID, as a transcript."""
-    def clock(moment, form="%Y-%m-%d %H:%M:%S"):
-        return datetime.datetime.fromtimestamp(moment).strftime(form)
-
+    clock = datetime.datetime.fromtimestamp
     if call_sid:
-        turns, found = line.store.turns(call_sid, 1, 10**9), []
-        turns = [turn for turn in turns if not turn["guess"]]
-        for turn, later in zip(turns, [*turns[1:], None]):
-            heard, rest = heard_and_not(turn, later)
-            found.append({"at": clock(turn["spoke_at"]), "caller": turn["words"], "heard": heard,
-                          "not_heard": rest, "stop": turn["stop"], "seconds_ahead": turn["ahead"]})
+        turns = [turn for turn in line.store.turns(call_sid, 1, 10**9) if not turn["guess"]]
+        heard = [heard_and_not(*pair) for pair in zip(turns, [*turns[1:], None])]
+        found = [{"at": clock(int(turn["spoke_at"])), "caller": turn["words"], "heard": said,
+                  "not_heard": rest, "stop": turn["stop"], "seconds_ahead": turn["ahead"]}
+                 for turn, (said, rest) in zip(turns, heard)]
     else:
-        found = [{"call_sid": call["call_sid"], "began": clock(call["began"]),
+        found = [{"call_sid": call["call_sid"], "began": clock(int(call["began"])),
                   "seconds": round(call["touched"] - call["began"]), "turns": call["turns"],
                   "number": f"...{call['caller'][-3:]}" if call["caller"] else "withheld",
                   "on": call["ended"] is None} for call in line.store.calls()]
     if as_json:
-        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
-    for row in [] if as_json else found:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False, default=str))
+        return
+    for row in found:
         if call_sid:
             cut = f"[cut in] {row['not_heard']}" if row["not_heard"] else ""
+            early = f" [begun {row['seconds_ahead']:.1f} s early]" if row["seconds_ahead"] else ""
             click.echo(f"{row['at']}  Caller: {row['caller']}")
-            early = row["seconds_ahead"] and f" [begun {row['seconds_ahead']:.1f} s early]"
-            click.echo(f"{'':19}  Claude: {row['heard']}{cut}{early or ''}")
+            click.echo(f"{'':19}  Claude: {row['heard']}{cut}{early}")
         else:
             click.echo("{call_sid}  {began}  {seconds:5} s  {turns:3} turns  {number}".format(**row)
                        + ("  on" if row["on"] else ""))
@@ -770,6 +684,7 @@ def calls(call_sid, as_json):
 # --- The start ------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    sys.exit("Start the line with: gunicorn app:app --threads 200 --keep-alive 95")
+    sys.exit("Start the line with: gunicorn app:app -c .gunicorn.conf.py --threads 200"
+             " --keep-alive 95")
 if not set(sys.argv) & set(app.cli.commands):  # a command of these is no line
     announce()
