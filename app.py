@@ -158,7 +158,7 @@ def apologise(error):
 
 def no_turn_is_left():
     """All calls together have had MAX_TURNS_A_DAY."""
-    if line.store.first_this_hour("limit"):
+    if line.store.first_this_hour():
         log.warning("MAX_TURNS_A_DAY is reached: callers are told to try tomorrow")
     return goodbye(TOMORROW)
 
@@ -658,10 +658,9 @@ def calls(call_sid, as_json):
     clock = datetime.datetime.fromtimestamp
     if call_sid:
         turns = [turn for turn in line.store.turns(call_sid, 1, 10**9) if not turn["guess"]]
-        heard = [heard_and_not(*pair) for pair in zip(turns, [*turns[1:], None])]
         found = [{"at": clock(int(turn["spoke_at"])), "caller": turn["words"], "heard": said,
                   "not_heard": rest, "stop": turn["stop"], "seconds_ahead": turn["ahead"]}
-                 for turn, (said, rest) in zip(turns, heard)]
+                 for turn, said, rest in heard_and_not(turns)]
     else:
         found = [{"call_sid": call["call_sid"], "began": clock(int(call["began"])),
                   "seconds": round(call["touched"] - call["began"]), "turns": call["turns"],

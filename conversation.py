@@ -8,7 +8,7 @@ whole sentences in its own thread. So ``reply`` works in another process too, an
 """
 
 import contextlib
-import contextvars
+import hashlib
 import itertools
 import json
 import logging
@@ -19,6 +19,7 @@ import time
 import unicodedata
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import SimpleNamespace
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -162,19 +163,20 @@ class Conversation:
             if self.store.hear(self.call_sid, after, number, so_far, began) and (
                     len(words.split()) > 1):
                 time.sleep(STEADY)
-                turn = self.store.guess(self.call_sid, after, so_far, words, settings.max_turns,
+                turn = self.store.guess(self.call_sid, so_far, words, settings.max_turns,
                                         settings.max_turns_a_day)
                 if turn:
                     self._begin_to_write(turn, caller, is_guess=True)
-                while turn and self.store.is_guess(self.call_sid, turn):
-                    time.sleep(DEAD_GUESS / 5)
+                    while self.store.grow(self.call_sid, turn, ""):  # this process is alive
+                        time.sleep(DEAD_GUESS / 5)
 
 
 def guessed_delivery(words):
     """The delivery of a turn that is begun with these words before Twilio is sure that they are
-    all. Case, punctuation and white space make no difference."""
-    return "~" + "".join(letter for letter in words.casefold()
-                         if unicodedata.category(letter)[0] not in "PZC")
+    all. Case, punctuation and white space make no difference. A hash, so no words are in it."""
+    letters = "".join(letter for letter in words.casefold()
+                      if unicodedata.category(letter)[0] not in "PZC")
+    return "~" + hashlib.sha256(letters.encode()).hexdigest()
 
 
 # --- What Claude can do ---------------------------------------------------------------------------
@@ -216,9 +218,9 @@ def switch_language(language: str) -> str:
     Args:
         language: its tag, like de-DE.
     """
-    if language not in (languages := writing.get().line.settings.languages):
+    if language not in (languages := running.writer.line.settings.languages):
         raise ValueError(f"this line speaks only {', '.join(languages)}")
-    writing.get().switch = SWITCH.format(language)
+    running.writer.switch = SWITCH.format(language)
     return f"Go on in {language}."
 
 
@@ -237,31 +239,28 @@ def hand_over(reason: str) -> str:
 def forget_me() -> str:
     """Delete all that is kept of what the caller has said, in this call and in earlier ones. Use it
     when the caller asks to be forgotten, and is sure."""
-    writer = writing.get()
+    writer = running.writer
     writer.line.store.forget_caller(writer.call_sid, writer.turn)
     return "What is known to be this caller's is deleted, and this call will be when it ends."
 
 
 TOOLS = {tool.name: tool for tool in list(vars().values()) if isinstance(tool, BetaFunctionTool)}
-writing = contextvars.ContextVar("writing")  # the Writer whose tool is running
+running = threading.local()  # its ``writer`` is the Writer whose tool runs in this thread
 SWITCH = "\x0e{}\x0f"  # stands in a reply where its language changes; no voice could speak it
 
 
 def tools_for(settings, caller):
     """What Claude is sent of the tools that it may use in this call."""
-    without = set()
-    if len(settings.languages) == 1:
-        without.add("switch_language")
-    if not settings.keep_days:
-        without.add("forget_me")
-    if settings.hand_over_to in ("", caller.number):  # that person's own call would come back
-        without.add("hand_over")
-    tools = [tool.to_dict() for name, tool in TOOLS.items() if name not in without]
+    may_use = {
+        "switch_language": len(settings.languages) > 1,
+        "forget_me": settings.keep_days > 0,
+        "hand_over": settings.hand_over_to not in ("", caller.number)}  # or it would come back
+    tools = {name: tool.to_dict() for name, tool in TOOLS.items() if may_use.get(name, True)}
     if settings.web_searches:  # Anthropic's own tool: it is used there, in the middle of the reply
         search = {"type": "web_search_20250305", "name": "web_search"}
         if caller.place:
             search["user_location"] = {"type": "approximate", **caller.place}
-        tools.append({**search, "max_uses": settings.web_searches})
+        tools["web_search"] = {**search, "max_uses": settings.web_searches}
     return tools
 
 
@@ -291,22 +290,6 @@ class CallerGone(Exception):
 # store fails, or the caller is gone.
 EXPECTED = (anthropic.AnthropicError, httpx2.HTTPError, EOFError, TimeoutError, ValueError,
             StoreError, CallerGone)
-
-
-class Watched:
-    """A response of Claude's whose Writer looks up at every piece of it, also at one that is no
-    event yet: the caller may have gone."""
-
-    def __init__(self, response, writer):
-        self.response, self.writer = response, writer
-
-    def iter_bytes(self):
-        size = 0
-        for piece in self.response.iter_bytes():
-            self.writer.add("")
-            if (size := size + len(piece)) > MOST_BYTES:
-                raise TimeoutError
-            yield piece
 
 
 class Writer:
@@ -387,11 +370,13 @@ class Writer:
     def _messages(self):
         """What Claude is sent: turns of this call in order, none of them empty, this one last."""
         messages = []
-        turns = self.line.store.history(self.call_sid, self.turn, HISTORY_STEP)
+        turns = [turn for turn in self.line.store.turns(self.call_sid, 1, self.turn)
+                 if not turn["guess"] or turn["turn"] == self.turn]
+        turns = turns[max(0, (len(turns) - 1) // HISTORY_STEP - 1) * HISTORY_STEP:]
         if self.line.settings.keep_days and len(turns) <= HISTORY_STEP:
             turns = self.line.store.earlier(self.call_sid, HISTORY_STEP) + turns
         note = call_sid = ""
-        for turn, later in zip(turns, [*turns[1:], None]):
+        for turn, reply, rest in heard_and_not(turns):
             if turn["call_sid"] != call_sid and turns[0]["call_sid"] != self.call_sid:
                 note = f"[A call on {datetime.fromtimestamp(turn['began']):%A, %d %B %Y}.] " if (
                     "began" in turn) else "[The call of now begins.] "
@@ -399,7 +384,6 @@ class Writer:
             if turn["stop"] == "refusal":
                 continue  # or Claude would go on refusing what comes after it
             messages.append({"role": "user", "content": note + turn["words"]})
-            reply, rest = heard_and_not(turn, later)
             if reply := (reply + "[The caller cut in here.]" * bool(rest)).strip():
                 messages.append({"role": "assistant", "content": reply})
             note = "[Nobody took the call.] " if str(turn["stop"]).startswith("hand_over") else ""
@@ -415,9 +399,8 @@ class Writer:
                 self.request_id = getattr(error, "request_id", None) or self.request_id
                 pause, why = pause_after(error, attempt), describe(error)
                 if isinstance(error, anthropic.BadRequestError) and "web_search" in str(error) and (
-                        self.tools[-1]["name"] == "web_search"):
+                        self.tools.pop("web_search", None)):
                     pause, why = 0, f"{why}: the key can't search the web"
-                    self.tools = self.tools[:-1]
                 if pause is None or self.kept > kept or time.monotonic() + pause > asked + PATIENCE:
                     raise
                 log.info("call %s turn %d: %s, request %s, asking again",
@@ -433,13 +416,14 @@ class Writer:
         effort = {"effort": settings.claude_effort} if settings.claude_effort else anthropic.omit
         with self.line.claude.messages.with_streaming_response.create(
                 model=settings.claude_model, max_tokens=MAX_TOKENS, output_config=effort,
-                system=settings.system_prompt, tools=self.tools, tool_choice=tool_choice,
+                system=settings.system_prompt, tools=self.tools.values(), tool_choice=tool_choice,
                 messages=messages, cache_control={"type": "ephemeral"}, stream=True) as response:
             self.request_id = response.request_id
             # Raw events on purpose: typed ones cost more CPU than all the rest, and hide the pings.
             # A ping lets us notice that the caller has hung up.
-            for raw in anthropic.Stream.raw_events(Watched(response.http_response, self)):
-                event, text = raw.json(), ""
+            pieces = SimpleNamespace(iter_bytes=lambda: self._watched(response.http_response))
+            for raw in anthropic.Stream.raw_events(pieces):
+                event = raw.json()
                 if event["type"] == "message_start":
                     counts = event["message"]["usage"].items()  # the cache has counts of its own
                     self.tokens_in += sum(n or 0 for kind, n in counts if "input_tokens" in kind)
@@ -452,7 +436,7 @@ class Writer:
                         self.unfinished = ""
                 elif event["type"] == "content_block_delta":
                     grow_block(content[-1], event["delta"])
-                    text = event["delta"].get("text", "")  # thinking and a tool's input have none
+                    self.add(event["delta"].get("text", ""))  # thinking and a tool's input: none
                 elif event["type"] == "content_block_stop":
                     finish_block(content[-1])
                 elif event["type"] == "message_delta":
@@ -460,7 +444,6 @@ class Writer:
                     self.tokens_out += event["usage"].get("output_tokens") or 0
                 elif event["type"] == "error":
                     raise anthropic.APIStatusError("", response=response.http_response, body=event)
-                self.add(text)
                 if time.monotonic() > self.read_until:
                     self.awaited.wait(GATHER)
                     self.read_until = time.monotonic() + READ
@@ -476,22 +459,20 @@ class Writer:
         began, results = time.monotonic(), []
 
         def call():
+            running.writer = self
             try:
-                if tool_use["name"] not in [tool["name"] for tool in self.tools]:
+                if tool_use["name"] not in self.tools:
                     raise LookupError("there is no such tool")
                 results.append(TOOLS[tool_use["name"]].call(tool_use["input"]))
             except BaseException as error:
                 results.append(ToolError(f"{type(error).__name__}: {error}"))
 
-        writing.set(self)
         # A daemon: a tool that never ends must not keep the process from ending.
-        thread = threading.Thread(target=contextvars.copy_context().run, args=[call], daemon=True)
+        thread = threading.Thread(target=call, daemon=True)
         thread.start()
-        thread.join(SIGN_OF_LIFE)
         while thread.is_alive() and time.monotonic() < began + TOOL_TIMEOUT:
-            self._keep("")
             thread.join(SIGN_OF_LIFE)
-        self._keep("")  # raises CallerGone, and saves a request, if the caller has hung up
+            self._keep("")  # raises CallerGone, and saves a request, if the caller has hung up
         self.last_sentence = time.monotonic()
         result = results[0] if results else ToolError("too slow")
         log.info("call %s turn %d: tool %s %d ms, %s", self.call_sid, self.turn, tool_use["name"],
@@ -502,9 +483,21 @@ class Writer:
     def _is_still_a_guess(self):
         """Whether nobody knows yet that the caller has said no more."""
         with contextlib.suppress(StoreError):
-            (row,) = self.line.store.turns(self.call_sid, self.turn, self.turn) or [{"guess": 1}]
-            self.is_guess = bool(row["guess"])
+            for row in self.line.store.turns(self.call_sid, self.turn, self.turn):
+                self.is_guess = bool(row["guess"])
         return self.is_guess
+
+    def _watched(self, response):
+        """A response, piece by piece. Also a piece that is no event yet makes the Writer look up:
+        the caller may have gone, and Claude may have gone on for too long."""
+        size = 0
+        for piece in response.iter_bytes():
+            now, size = time.monotonic(), size + len(piece)
+            if now - self.last_sentence > SENTENCE_TIMEOUT or size > MOST_BYTES:
+                raise TimeoutError  # words may come, but no end of a sentence
+            if now - self.last_kept > SIGN_OF_LIFE:
+                self._keep("")
+            yield piece
 
     def add(self, text):
         """Take in what Claude wrote, and keep the sentences that are whole."""
@@ -512,15 +505,9 @@ class Writer:
         self.written += len(text)
         if self.written > MOST_CHARACTERS:
             raise TimeoutError
-        # Without new words no sentence has ended that had not before: pieces and pings are cheap.
-        end, now = end_of_sentences(self.unfinished) if text else 0, time.monotonic()
-        if end:
+        if end := end_of_sentences(self.unfinished):
             self._keep(self.unfinished[:end])
-            self.unfinished, self.last_sentence = self.unfinished[end:], now
-        elif now - self.last_sentence > SENTENCE_TIMEOUT:
-            raise TimeoutError  # words come, but no end of a sentence
-        elif now - self.last_kept > SIGN_OF_LIFE:
-            self._keep("")
+            self.unfinished, self.last_sentence = self.unfinished[end:], time.monotonic()
 
     def _keep(self, text, stop=None):
         """Add to the row, and wake whoever waits for it in this process."""
@@ -539,24 +526,21 @@ class Writer:
             self.first_sentence_ms = round(1000 * (self.last_kept - self.began))
 
 
-def heard_and_not(turn, later):
-    """A reply, cut where the caller cut in on it: (what was heard, the rest). Twilio doesn't tell,
-    but the clock does: from when the last part was given to when the caller spoke again, in the
-    ``later`` turn of the same call. In doubt all of it was heard."""
-    def spoken(text):
-        return re.sub(SWITCH.format(".*?"), "", text)
-
-    reply, begins = turn["reply"], turn["last_part"]
-    if not later or later["call_sid"] != turn["call_sid"] or begins is None:
-        return spoken(reply), ""
-    words = list(re.finditer(r"\S+\s*", reply[begins:]))
-    seconds = later["spoke_at"] - turn["given_at"]
-    heard = max(0, round(seconds * SPEAKING_RATE))
-    # No closer than that is it known. An hour less than nothing: somebody has set the clock.
-    if heard >= len(words) - max(5, len(words) / 4) or seconds < -AN_HOUR:
-        return spoken(reply), ""
-    cut = begins + (words[heard - 1].end() if heard else 0)
-    return spoken(reply[:cut]), spoken(reply[cut:])
+def heard_and_not(turns):
+    """Each turn, and its reply cut where the caller cut in on it: (turn, what was heard, the rest).
+    Twilio doesn't tell, but the clock does: from when the last part was given to when the caller
+    spoke again, in the next turn of the same call. In doubt all of it was heard."""
+    for turn, later in zip(turns, [*turns[1:], None]):
+        reply, begins = turn["reply"], turn["last_part"]
+        cut = len(reply)
+        if later and later["call_sid"] == turn["call_sid"] and begins is not None:
+            words = list(re.finditer(r"\S+\s*", reply[begins:]))
+            seconds = later["spoke_at"] - turn["given_at"]
+            heard = max(0, round(seconds * SPEAKING_RATE))
+            # No closer than that is it known. An hour less than nothing: somebody set the clock.
+            if heard < len(words) - max(5, len(words) / 4) and seconds >= -AN_HOUR:
+                cut = begins + (words[heard - 1].end() if heard else 0)
+        yield turn, *(re.sub(SWITCH.format(".*?"), "", part) for part in (reply[:cut], reply[cut:]))
 
 
 def grow_block(block, delta):
@@ -569,11 +553,11 @@ def grow_block(block, delta):
 
 def finish_block(block):
     """Make the input of a tool, which came in pieces, what it is: an object."""
-    text = block.pop("partial_json", None)
-    try:
-        block |= {"input": json.loads(text)} if text else {}
-    except ValueError:
-        block["input"] = {"not JSON": text}  # no tool takes that, so Claude is told
+    if text := block.pop("partial_json", ""):
+        try:
+            block["input"] = json.loads(text)
+        except ValueError:
+            block["input"] = {"not JSON": text}  # no tool takes that, so Claude is told
 
 
 def pause_after(error, attempt):

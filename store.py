@@ -6,7 +6,6 @@ writes it. Any process that can open the file can go on where another process st
 
 import collections
 import contextlib
-import hashlib
 import logging
 import os
 import sqlite3
@@ -93,7 +92,7 @@ class Store:
         self._looking, self._looked, self._fault = threading.Lock(), float("-inf"), None
         self._to_end = set()  # the calls whose end isn't kept yet: Twilio reports it only once
         self._must_empty_log = True  # a process before this one may have left words there
-        self._clearing_up = None  # the thread that tries again
+        self._clearing_up = threading.Thread()  # the one that tries again, once there is a need
 
     # --- A call begins
 
@@ -116,13 +115,14 @@ class Store:
         with self._connection() as database:
             return self._turns_today(database)
 
-    def first_this_hour(self, what):
-        """Whether nobody has asked the same in the last hour, in any process."""
+    def first_this_hour(self):
+        """Whether nobody has asked this in the last hour, in any process."""
+        now = time.time()
         with self._writing() as database:
-            self._open_call(database, what, touched=0.0)  # no such call, but a row with a time
-            return database.execute(
-                "UPDATE calls SET touched = ? WHERE call_sid = ? AND touched < ?",
-                [time.time(), what, time.time() - 3600]).rowcount == 1
+            return database.execute(  # no such call, but a row with a time
+                "INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?) ON CONFLICT"
+                " (call_sid) DO UPDATE SET touched = excluded.touched WHERE calls.touched < ?",
+                ["limit", now, now, now - 3600]).rowcount == 1
 
     # --- A turn, in the order in which things happen
 
@@ -144,9 +144,8 @@ class Store:
             has come true.
         """
         with self._writing() as database:
-            self._open_call(database, call_sid)
-            for _ in database.execute(
-                    "SELECT 1 FROM calls WHERE call_sid = ? AND ended IS NOT NULL", [call_sid]):
+            call = self._open_call(database, call_sid)
+            if call["ended"]:
                 return None, False
             for seen in database.execute("SELECT turn FROM turns WHERE call_sid = ?"
                                          " AND delivery = ?", [call_sid, delivery]):
@@ -154,15 +153,13 @@ class Store:
             if self._turns_today(database) >= most_today:
                 return 0, False
             now, is_true, wrong = time.time(), False, 0
-            turns, so_far_at = database.execute(
-                "SELECT turns, so_far_at FROM calls WHERE call_sid = ?", [call_sid]).fetchone()
             database.execute("UPDATE calls SET turns = turns + 1, touched = ?, so_far = NULL,"
                              " so_far_nr = NULL, so_far_at = NULL WHERE call_sid = ?",
                              [now, call_sid])
             database.execute("UPDATE turns SET stop = 'overtaken'"
                              " WHERE call_sid = ? AND guess = 0 AND stop IS NULL", [call_sid])
-            turn, spoke_at = self._last_turn(database, call_sid) + 1, so_far_at or spoke_at
-            stop = "max_turns" if turns >= most else None
+            turn, spoke_at = self._last_turn(database, call_sid) + 1, call["so_far_at"] or spoke_at
+            stop = "max_turns" if call["turns"] >= most else None
             if guessed:
                 is_true = database.execute(
                     "UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?, delivery = ?,"
@@ -178,17 +175,6 @@ class Store:
         if wrong:
             self._empty_log()
         return turn, None if is_true else stop is None
-
-    def history(self, call_sid, turn, step):
-        """The turns up to this one, as dicts of their columns: between ``step`` and twice as many,
-        beginning at a multiple of it."""
-        with self._connection() as database:
-            before = "FROM turns WHERE call_sid = ? AND (guess = 0 AND turn < ? OR turn = ?)"
-            (count,) = database.execute(f"SELECT COUNT(*) - 1 {before}",
-                                        [call_sid, turn, turn]).fetchone()
-            return self._dicts(database.execute(
-                f"SELECT * {before} ORDER BY turn LIMIT ? OFFSET ?",
-                [call_sid, turn, turn, 2 * step, max(0, count // step - 1) * step]))
 
     def turns(self, call_sid, first, last):
         """The turns ``first`` to ``last`` of a call, as dicts of their columns."""
@@ -227,7 +213,7 @@ class Store:
 
     def wait(self, call_sid, turn, length, seconds):
         """Wait until a reply that another process writes may have more than so many characters."""
-        time.sleep(min(0.05, seconds))  # a file tells nothing: look again soon, and cheaply
+        time.sleep(0.05)  # a file tells nothing: look again soon, and cheaply
 
     def give(self, call_sid, turn, last_part):
         """Note that Twilio is given the last part of a reply now: the caller may cut in on it."""
@@ -263,38 +249,28 @@ class Store:
                 "UPDATE calls SET so_far = ?, so_far_nr = ?, so_far_at = COALESCE(so_far_at, ?)"
                 " WHERE call_sid = ? AND ended IS NULL AND COALESCE(so_far_nr, 0) <= ? AND ? ="
                 " (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND guess = 0)",
-                [self._hash(so_far), number, so_far_at, call_sid, number, after, call_sid])
+                [so_far, number, so_far_at, call_sid, number, after, call_sid])
             if in_time.rowcount == 1:
                 database.execute("UPDATE turns SET stop = 'wrong', words = '', reply = '',"
                                  " delivery = NULL WHERE call_sid = ? AND guess = 1 AND delivery"
                                  " <> ?", [call_sid, so_far])
             return in_time.rowcount == 1
 
-    def guess(self, call_sid, after, so_far, words, most, most_today):
+    def guess(self, call_sid, so_far, words, most, most_today):
         """Begin a turn with words of which nobody knows yet whether they are all: if they are still
         what the caller has said so far, and there were not three guesses. Returns the turn, or
         None."""
         with self._writing() as database:
-            found = database.execute(
-                "SELECT so_far_at FROM calls WHERE call_sid = ? AND so_far = ? AND ended IS NULL"
-                " AND turns < ? AND ? ="
-                " (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND guess = 0)",
-                [call_sid, self._hash(so_far), most, after, call_sid]).fetchone()
+            call = self._open_call(database, call_sid)
             guesses = database.execute("SELECT delivery FROM turns WHERE call_sid = ?"
                                        " AND guess = 1", [call_sid]).fetchall()
-            if not found or len(guesses) >= 3 or (so_far,) in guesses or (
-                    self._turns_today(database) >= most_today):
+            if call["so_far"] != so_far or call["ended"] or len(guesses) >= 3 or (
+                    (so_far,) in guesses or call["turns"] >= most
+                    or self._turns_today(database) >= most_today):
                 return None
             turn = self._last_turn(database, call_sid) + 1
-            self._insert(database, call_sid, turn, so_far, words, *found, guess=1)
+            self._insert(database, call_sid, turn, so_far, words, call["so_far_at"], guess=1)
             return turn
-
-    def is_guess(self, call_sid, turn):
-        """Whether a turn is still a guess, and grows. Asking shows that its process is alive."""
-        with self._writing() as database:
-            return database.execute("UPDATE turns SET touched = ? WHERE call_sid = ? AND turn = ?"
-                                    " AND guess = 1 AND stop IS NULL",
-                                    [time.time(), call_sid, turn]).rowcount == 1
 
     # --- The end of a call, and what is kept after it
 
@@ -304,29 +280,25 @@ class Store:
         self._to_end.add(call_sid)
         try:
             counts = self._end(call_sid)
+            self._to_end.discard(call_sid)
+            self._empty_log()
+            return counts
         except StoreError:
             self._clear_up_later()
             raise
-        self._to_end.discard(call_sid)
-        self._empty_log()
-        return counts
 
     def _end(self, call_sid):
         with self._writing() as database:
-            self._open_call(database, call_sid)
-            now = time.time()
+            call, now = self._open_call(database, call_sid), time.time()
             database.execute("UPDATE calls SET ended = ?, touched = ? WHERE call_sid = ?",
                              [now, now, call_sid])
             database.execute("UPDATE turns SET stop = 'hung up'"
                              " WHERE call_sid = ? AND stop IS NULL", [call_sid])
-            *counts, trusted = database.execute(
-                "SELECT turns, tokens_in, tokens_out, trusted FROM calls WHERE call_sid = ?",
-                [call_sid]).fetchone()
             database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1", [call_sid])
-            if not self.keep_days or trusted == -1:
+            if not self.keep_days or call["trusted"] == -1:
                 database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
                 database.execute("UPDATE calls SET caller = NULL WHERE call_sid = ?", [call_sid])
-            return counts
+            return call["turns"], call["tokens_in"], call["tokens_out"]
 
     def forget_caller(self, call_sid, turn):
         """Delete what was said in this call before this turn, and in the caller's earlier calls if
@@ -334,9 +306,8 @@ class Store:
         with self._writing() as database:
             gone = ("SELECT call_sid FROM calls WHERE call_sid = ? OR caller = (SELECT caller"
                     " FROM calls WHERE call_sid = ? AND trusted <> 0)")
-            still_on = "SELECT call_sid FROM calls WHERE call_sid = ? AND ended IS NULL"
             database.execute(f"DELETE FROM turns WHERE call_sid IN ({gone})"
-                             f" AND NOT (call_sid IN ({still_on}) AND turn >= ?)",
+                             " AND NOT (call_sid = ? AND turn >= ? AND stop IS NULL)",
                              [call_sid, call_sid, call_sid, turn])
             database.execute("UPDATE calls SET caller = NULL, trusted = -1"
                              f" WHERE call_sid IN ({gone})", [call_sid, call_sid])
@@ -362,19 +333,18 @@ class Store:
                 database.execute("UPDATE calls SET touched = ? WHERE ended IS NULL", [time.time()])
         if time.monotonic() < self._no_sweep_before:
             return
-        kept = time.time() - max(1, self.keep_days) * A_DAY
-        # Nobody is on the phone for two hours without a word.
-        silent, keep_none = time.time() - 2 * 3600, int(not self.keep_days)
+        old = time.time() - max(1, self.keep_days) * A_DAY
+        silent = time.time() - 2 * 3600  # nobody is on the phone for two hours without a word
         old_words = ("FROM turns WHERE call_sid IN (SELECT call_sid FROM calls WHERE touched < ?"
-                     " OR touched < ? AND (trusted = -1 OR ? = 1))")
+                     " OR touched < ? AND trusted = -1)")
+        moments = [old if self.keep_days else silent, silent]
         with self._connection() as database:
             found = database.execute(f"SELECT 1 {old_words} UNION ALL SELECT 1 FROM calls WHERE"
-                                     " touched < ? LIMIT 1", [kept, silent, keep_none, kept])
-            found = found.fetchone()
+                                     " touched < ? LIMIT 1", [*moments, old]).fetchone()
         if found:
             with self._writing() as database:
-                database.execute(f"DELETE {old_words}", [kept, silent, keep_none])
-                database.execute("DELETE FROM calls WHERE touched < ?", [kept])
+                database.execute(f"DELETE {old_words}", moments)
+                database.execute("DELETE FROM calls WHERE touched < ?", [old])
             self._empty_log()
 
     def phrases(self, language):
@@ -412,21 +382,18 @@ class Store:
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-        with self._writing() as database:  # or a full disk would pass
-            self._open_call(database, "check")  # no such call, but a row
-            now = time.time()
-            database.execute("UPDATE calls SET ended = ?, touched = ? WHERE call_sid = 'check'",
-                             [now, now])
+        self._end("check")  # no such call, but it writes: or a full disk would pass
 
     # --- What the methods above share
 
-    @staticmethod
-    def _open_call(database, call_sid, touched=None):
+    def _open_call(self, database, call_sid):
+        """The row of this call, which is made if there is none, and locked for the transaction."""
         now = time.time()
-        touched = now if touched is None else touched
         database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
                          " ON CONFLICT (call_sid) DO UPDATE SET began = calls.began",  # a lock
-                         [call_sid, now, touched])
+                         [call_sid, now, now])
+        rows = database.execute("SELECT * FROM calls WHERE call_sid = ?", [call_sid])
+        return self._dicts(rows)[0]
 
     @staticmethod
     def _last_turn(database, call_sid):
@@ -442,14 +409,9 @@ class Store:
                           now if guess else None, now])
 
     @staticmethod
-    def _hash(words):
-        return hashlib.sha256(words.encode()).hexdigest()
-
-    @staticmethod
     def _turns_today(database):
-        (turns,) = database.execute("SELECT COALESCE(SUM(turns), 0) FROM calls WHERE touched > ?",
-                                    [time.time() - A_DAY]).fetchone()
-        return turns
+        return database.execute("SELECT COALESCE(SUM(turns), 0) FROM calls WHERE touched > ?",
+                                [time.time() - A_DAY]).fetchone()[0]
 
     @staticmethod
     def _dicts(rows):
@@ -542,6 +504,7 @@ class Store:
 
     def _empty_log(self, patience=LOCK_PATIENCE):
         """Empty SQLite's write-ahead log, where deleted words would stay for some time."""
+        self._must_empty_log = True
         with self._connection() as database:
             database.execute(f"PRAGMA busy_timeout = {patience * 1000:.0f}")
             (busy, _, _), = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -561,7 +524,7 @@ class Store:
                         self.end(call_sid)
                     self._empty_log()
 
-        if not (self._clearing_up and self._clearing_up.is_alive()):
+        if not self._clearing_up.is_alive():
             self._clearing_up = threading.Thread(target=clear_up, daemon=True)
             with contextlib.suppress(RuntimeError):  # the machine has no thread left for this one
                 self._clearing_up.start()
