@@ -70,10 +70,9 @@ def on_starting(server):
         with contextlib.suppress(ValueError, OSError):  # a Mac doesn't give what it calls unlimited
             resource.setrlimit(limit, (most, most))
     # A caller who waits takes two threads: one waits, and one writes the reply.
-    threads = most_threads() // server.cfg.workers - THREADS_OF_ITS_OWN
-    server.cfg.set("threads", max(1, min(server.cfg.threads, threads // 2)))
-    # And files: a connection from Twilio, one to Claude, and some for a moment. Whoever finds
-    # half of all files taken by connections waits until one is closed.
+    server.cfg.set("threads", max(1, min(server.cfg.threads, most_threads(server.cfg) // 2)))
+    # And files: a connection from Twilio, one to Claude, and some for a moment. Who calls while two
+    # fifths of all files are connections waits until one of them is closed.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY:
         connections = min(server.cfg.worker_connections, 2 * files // 5)
@@ -83,21 +82,25 @@ def on_starting(server):
 on_reload = on_starting
 
 
-def most_threads():
-    """How many threads all processes of this user, or in this container, may have."""
+def most_threads(cfg):
+    """How many threads a worker may have: all processes of this user, or in this container, share
+    what there is."""
     limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
     for path in "pids.max", "pids/pids.max":  # of the second and the first version of cgroups
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max" is no number
             limits.append(int(pathlib.Path("/sys/fs/cgroup", path).read_text()))
-    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=1_000_000)
+    all_of_them = min((each for each in limits if each != resource.RLIM_INFINITY), default=10**6)
+    return all_of_them // cfg.workers - THREADS_OF_ITS_OWN
 
 
 def post_worker_init(worker):
-    """Before the first request: read it in time, and start all threads now. Later there may be none
-    left, and gunicorn wouldn't survive that."""
+    """Before the first request: read it in time. And where threads are few start all of them now:
+    later there may be none left, and gunicorn wouldn't survive that. Elsewhere it starts only those
+    that it needs, as a turn costs less if few threads take turns."""
     worker.wsgi = read_in_time(worker.wsgi)
-    go_on = threading.Event()
-    with contextlib.suppress(RuntimeError):
-        for _ in range(worker.cfg.threads):
-            worker.tpool.submit(go_on.wait)
-    go_on.set()
+    if most_threads(worker.cfg) < 4 * worker.cfg.threads:  # others may want threads too
+        go_on = threading.Event()
+        with contextlib.suppress(RuntimeError):
+            for _ in range(worker.cfg.threads):
+                worker.tpool.submit(go_on.wait)
+        go_on.set()
