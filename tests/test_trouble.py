@@ -235,10 +235,10 @@ def test_calls_that_are_over_leave_nothing_in_memory(stage):
 
         calls(range(60))  # what is allocated once is allocated then
         threads, memory = used_by(app)
-        calls(range(60, 160))
-        # If only the name of each call were left, that would be 2.5 MB.
+        calls(range(60, 260))
+        # If only the name of each call were left, that would be 5 MB.
         wait_until(lambda: used_by(app)[0] < threads + 20)
-        assert used_by(app)[1] < memory + 2_000_000
+        assert used_by(app)[1] < memory + 4_000_000
 
 
 COUNTED = b"""\
