@@ -152,7 +152,7 @@ class Store:
                 return *seen, False
             if self._turns_today(database) >= most_today:
                 return 0, False
-            now, is_true, wrong = time.time(), False, 0
+            now, came_true, wrong = time.time(), 0, 0
             database.execute("UPDATE calls SET turns = turns + 1, touched = ?, so_far = NULL,"
                              " so_far_nr = NULL, so_far_at = NULL WHERE call_sid = ?",
                              [now, call_sid])
@@ -161,20 +161,15 @@ class Store:
             turn, spoke_at = self._last_turn(database, call_sid) + 1, call["so_far_at"] or spoke_at
             stop = "max_turns" if call["turns"] >= most else None
             if guessed:
-                is_true = database.execute(
-                    "UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?, delivery = ?,"
-                    " spoke_at = ? WHERE call_sid = ? AND guess = 1 AND delivery = ?"
-                    " AND COALESCE(stop, '') <> 'wrong' AND (stop IS NOT NULL OR touched > ?)",
-                    [now, words, delivery, spoke_at, call_sid, guessed, now - DEAD_GUESS]).rowcount
-                wrong = database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1",
-                                         [call_sid]).rowcount
-            if is_true:
+                came_true, wrong = self._end_guesses(database, call_sid, guessed, words, delivery,
+                                                     spoke_at)
+            if came_true:
                 turn = self._last_turn(database, call_sid)
             else:
                 self._insert(database, call_sid, turn, delivery, words, spoke_at, stop=stop)
         if wrong:
             self._empty_log()
-        return turn, None if is_true else stop is None
+        return turn, None if came_true else stop is None
 
     def turns(self, call_sid, first, last):
         """The turns ``first`` to ``last`` of a call, as dicts of their columns."""
@@ -271,6 +266,20 @@ class Store:
             turn = self._last_turn(database, call_sid) + 1
             self._insert(database, call_sid, turn, so_far, words, call["so_far_at"], guess=1)
             return turn
+
+    @staticmethod
+    def _end_guesses(database, call_sid, guessed, words, delivery, spoke_at):
+        """Make the guess with the delivery ``guessed``, if there is one, the turn with these words,
+        and delete all others. Returns how many (came true, were wrong)."""
+        now = time.time()
+        came_true = database.execute(
+            "UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?, delivery = ?, spoke_at = ?"
+            " WHERE call_sid = ? AND guess = 1 AND delivery = ? AND COALESCE(stop, '') <> 'wrong'"
+            " AND (stop IS NOT NULL OR touched > ?)",
+            [now, words, delivery, spoke_at, call_sid, guessed, now - DEAD_GUESS]).rowcount
+        wrong = database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1",
+                                 [call_sid]).rowcount
+        return came_true, wrong
 
     # --- The end of a call, and what is kept after it
 
