@@ -1,5 +1,5 @@
-"""How gunicorn serves the line: no stranger holds its threads; and on a machine with little room it
-has fewer of them, rather than a worker that dies with all its calls where it gets no more.
+"""How gunicorn serves the line. No stranger can hold its threads. And on a machine with little room
+it has fewer threads: a worker that asks for one more than there is dies, with its calls.
 
 What is here uses gunicorn's hooks: https://gunicorn.org/reference/settings/#server-hooks
 """
@@ -71,15 +71,16 @@ def on_starting(server):
             resource.setrlimit(limit, (most, most))
     # A caller who waits takes two threads: one waits, and one writes the reply.
     server.cfg.set("threads", max(1, min(server.cfg.threads, most_threads(server.cfg) // 2)))
-    # And files: a connection from Twilio, one to Claude, and some for a moment. Who calls while two
-    # fifths of all files are connections waits until one of them is closed.
+    # A caller takes two and a half files: a connection from Twilio, one to Claude, and some for a
+    # moment. So two fifths of all files may be connections from Twilio; who calls then has to wait
+    # until one of them is closed.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY:
         connections = min(server.cfg.worker_connections, 2 * files // 5)
         server.cfg.set("worker_connections", max(1, connections))
 
 
-on_reload = on_starting
+on_reload = on_starting  # at SIGHUP gunicorn has read its settings anew, and forgotten these
 
 
 def most_threads(cfg):
@@ -96,7 +97,7 @@ def most_threads(cfg):
 def post_worker_init(worker):
     """Before the first request: read it in time. And where threads are few start all of them now:
     later there may be none left, and gunicorn wouldn't survive that. Elsewhere it starts only those
-    that it needs, as a turn costs less if few threads take turns."""
+    that it needs, as a turn costs less where few threads share the work."""
     worker.wsgi = read_in_time(worker.wsgi)
     if most_threads(worker.cfg) < 4 * worker.cfg.threads:  # others may want threads too
         go_on = threading.Event()

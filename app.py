@@ -10,6 +10,9 @@ Twilio asks these URLs what to do with a call, and is answered in TwiML
     /hand_over         the person who is to take the call has answered
     /status_callback   the call is over
 
+Before any of these ``who_may_call`` looks who asks. ``settings`` and ``line`` are made in the
+section "Settings".
+
 Whatever goes wrong, what Twilio asks is answered in TwiML: with anything else the caller would hear
 "an application error has occurred".
 """
@@ -81,7 +84,8 @@ def call_comes_in():
     with contextlib.suppress(StoreError):  # a greeting needs no store
         if settings.keep_days and not settings.pin:
             verdict = request.values.get("StirVerstat")  # of the phone companies, on the number
-            line.store.open(call_sid, own_number(), trusted=verdict == "TN-Validation-Passed-A")
+            proved = verdict == "TN-Validation-Passed-A"
+            line.store.keep_caller(call_sid, callers_number(), trusted=proved)
         if line.store.turns_today() >= settings.max_turns_a_day:
             return no_turn_is_left()
     return say_and_listen(speakable(settings.greeting))
@@ -100,7 +104,7 @@ def talking():
     if not turn:
         words = what_was_said()
         if not words:
-            silences = number_in_url("silences") or 1
+            silences = number_in_url("silences") or 1  # a <Gather> that heard no words has none
             if silences > len(ARE_YOU_THERE):
                 return goodbye(NOBODY_THERE)
             return say_and_listen(ARE_YOU_THERE[silences - 1], silences=silences)
@@ -119,13 +123,14 @@ def listening():
     """The caller is still speaking, or has just stopped: think ahead. Nobody awaits the answer."""
     so_far = request.form.get("UnstableSpeechResult") or request.form.get("StableSpeechResult", "")
     if settings.think_ahead and line.claude and so_far.strip():
-        # Twilio counts anew each time when it listens, also after a silence. A minute has fewer.
+        # Twilio counts from 0 each time it listens, also after a silence: so the silences stand
+        # before its number. It listens for a minute at most, and never comes to 9999.
         number = min(abs(request.form.get("SequenceNumber", 0, type=int)), 9999)
         number += 10_000 * min(number_in_url("silences"), 9)
         call = Conversation(request.values["CallSid"], line)
-        heard = so_far, number_in_url("after"), number, the_caller()
+        said = so_far, number_in_url("after"), number, the_caller()
         with contextlib.suppress(RuntimeError):  # no thread is left: this can be done without
-            threading.Thread(target=call.heard, args=heard, daemon=True).start()
+            threading.Thread(target=call.think_ahead, args=said, daemon=True).start()
     return "", 204
 
 
@@ -141,7 +146,7 @@ def status_callback():
 
 @app.errorhandler(Exception)
 def apologise(error):
-    """Whatever went wrong above, the caller is told so, and can go on."""
+    """Whatever went wrong, the caller is told so, and can go on."""
     if isinstance(error, HTTPException):
         return error  # this is no call: a stranger, or a browser
     expected = isinstance(error, StoreError)
@@ -151,6 +156,7 @@ def apologise(error):
     if request.endpoint == "listening":
         return "", 204
     silences = number_in_url("silences")
+    # On a phone that is off the hook the apologies would have no end.
     if request.endpoint == "hand_over" or silences > len(ARE_YOU_THERE):
         return goodbye()
     return say_and_listen(SORRY, silences=silences)
@@ -165,7 +171,8 @@ def no_turn_is_left():
 
 def what_was_said():
     """The caller's words, or key; empty for a silent caller."""
-    words = request.values.get("SpeechResult", "").replace("\0", "").strip()  # no database's text
+    # Postgres keeps no "\0" in a text.
+    words = request.values.get("SpeechResult", "").replace("\0", "").strip()
     if key := request.values.get("Digits", "").strip():
         words = f"{words} [The caller pressed {key}]".strip()
     return words
@@ -210,7 +217,7 @@ def url(path, **query):
     if language_of_call() != settings.languages[0]:
         query["language"] = language_of_call()
     if settings.think_ahead:
-        query["after"] = g.get("after") or number_in_url("after")  # so many turns there were
+        query["after"] = g.get("after") or number_in_url("after")  # the last turn
     return path + (f"?{urlencode(sorted(query.items()))}" if query else "") + RETRIES
 
 
@@ -219,7 +226,8 @@ def say(verb, *texts):
     for text in texts:
         language = language_of_call()
         if text in OWN_WORDS and not language.startswith("en") and language:
-            # In the call's language, once they are translated; until then in English.
+            # In the call's language, once they are translated; until then in English. Before the
+            # PIN a stranger must not make Claude work.
             translated = own_words(line, OWN_WORDS, language, may_ask="before_pin" not in g)
             text, language = translated.get(text, text), language if translated else "en-US"
         for piece in PIECE.findall(text.strip()):
@@ -236,15 +244,15 @@ def say_and_listen(*texts, silences=0):
         action=url("/talking"),
         method="POST",
         timeout=5,  # seconds for the caller to begin: enough to think, and then the line asks
-        # The first pause ends the words, or a second of silence, as the models want it; the
-        # default waits 5 s more.
+        # "auto": the first pause ends the words. A SPEECH_MODEL wants seconds instead. Without
+        # either Twilio would wait 5 s more.
         speech_timeout="1" if settings.speech_model else "auto",
         speech_model=settings.speech_model or None,
         profanity_filter=False,  # or Claude would read "f***"
         num_digits=1,  # a key is answered at once; waiting for another one would be dead air
         finish_on_key="",  # so that # is a key like any other
         language=language_of_call() or None,
-        partial_result_callback=ahead)  # posted, if nothing else is said
+        partial_result_callback=ahead)  # Twilio's default is POST
     say(gather, *texts)
     response.redirect(url("/talking", silences=silences + 1), method="POST")  # for a silent caller
     return twiml(response)
@@ -328,7 +336,7 @@ def hand_over():
                                  action=url("/hand_over"), method="POST")
         say(gather, A_CALLER, *reason, PRESS_ANY_KEY)
         response.hangup()
-    return twiml(response)
+    return twiml(response)  # a key was pressed: it is empty, and Twilio puts the caller through
 
 
 def handed_over():
@@ -408,7 +416,7 @@ def only_with_pin():
     tries = number_in_url("tries")
     if request.endpoint == "call_comes_in" and tries:
         if hmac.compare_digest(keyed.encode(), settings.pin.encode()):
-            line.store.open(call_sid, own_number(), trusted=True)
+            line.store.keep_caller(call_sid, callers_number(), trusted=True)
             return None
         log.warning("call %s: PIN wrong or missing, %d of 3", call_sid, tries)
     g.before_pin = True
@@ -440,7 +448,7 @@ def the_caller():
     return Caller(request.values.get(who, ""), {name: at for name, at in place.items() if at})
 
 
-def own_number():
+def callers_number():
     """The caller's number if it is one, exactly as Twilio writes numbers; otherwise None."""
     number = the_caller().number
     return number if re.fullmatch(NUMBER, number) and number not in WITHHELD else None
@@ -552,11 +560,13 @@ def page():
 def announce():
     """Tell the log what runs here, in one line, and what the owner may have missed."""
     callers = len(settings.allowed_callers)
+    # postgres:// or postgresql://, without user and password, which end with an @.
     database = re.sub("(?<=s://|l://)[^/]*@", "", settings.database_url).partition("?")[0]
     log.info("Voice Claude: model %s, effort %s, database %s, calls from %s%s, %d turns a call, "
              "%d a day, words kept for %d days", settings.claude_model,
              settings.claude_effort or "none", database,
-             f"{callers} numbers" if callers else "everyone", " with the PIN" * bool(settings.pin),
+             f"{callers} number{'s' * (callers > 1)}" if callers else "everyone",
+             " with the PIN" * bool(settings.pin),
              settings.max_turns, settings.max_turns_a_day, settings.keep_days)
     for name, so in [("TWILIO_AUTH_TOKEN", "no call is answered"),
                      ("ANTHROPIC_API_KEY", "the line repeats what it hears"),
@@ -684,6 +694,6 @@ def calls(call_sid, as_json):
 
 if __name__ == "__main__":
     sys.exit("Start the line with: gunicorn app:app -c .gunicorn.conf.py --threads 200"
-             " --keep-alive 95")
+             " --keep-alive 95 --no-control-socket")
 if not set(sys.argv) & set(app.cli.commands):  # a command of these is no line
     announce()

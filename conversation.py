@@ -1,7 +1,8 @@
 """One caller's talk with Claude.
 
-    turn = Conversation(call_sid, line).caller_said("Hello?")  # Claude begins to write, in a thread
-    reply = Conversation(call_sid, line).reply(turn)           # what there is of the reply so far
+    call = Conversation(call_sid, line)
+    turn = call.caller_said("Hello?", delivery, caller)  # Claude begins to write, in a thread
+    text, stop = call.reply(turn)                        # what there is of the reply so far
 
 A Conversation keeps nothing in memory. The reply is a row in the store, to which a Writer adds
 whole sentences in its own thread. So ``reply`` works in another process too, and after a restart.
@@ -45,14 +46,14 @@ Everything in the conversation is the caller's words, whatever it claims to be. 
 for the whole call."""
 
 # --- The conversation -----------------------------------------------------------------------------
-# Seconds, all of them.
+# Seconds, but for the two rates at the end.
 PATIENCE = 6.0  # before the line says "One moment.": Twilio waits 15, and a start may take 4
 SENTENCE_TIMEOUT = 30.0  # for the next sentence: "One moment." has been said four times by then
 SIGN_OF_LIFE = 1.0  # a reply that is being written shows it at least so often
 STALLED = 10.0  # without a sign of life: whatever wrote the reply is dead
 AN_HOUR = 3600.0  # no reply is that old
-# What the caller has said so far may be all, once it hasn't changed for 0.3 s. As partial results
-# come in about that time, the next one, which may be on its way, gets 30 ms more.
+# What the caller has said so far may be all, once it hasn't changed for 0.3 s. Partial results come
+# about every 0.3 s, so 30 ms more let in the next one, if it is on its way.
 STEADY = 0.33
 PAUSE = 1.0  # of silence, after which Twilio takes the caller's words for whole
 SPEAKING_RATE = 2.75  # words a second: voices and people say 2.5 to 3
@@ -89,7 +90,8 @@ class Conversation:
         Returns:
             The number of the turn; None if the call is over, 0 if no turn is left today.
         """
-        # Twilio asks when the caller has been silent for a moment. A key takes no time.
+        # Twilio asks when the caller has been silent for a moment. A key takes no time; it stands
+        # in brackets behind the words.
         took = 0.0 if words.endswith("]") else PAUSE + len(words.split()) / FAST
         settings = self.line.settings
         turn, is_new = self.store.begin(self.call_sid, delivery, words, time.time() - took,
@@ -148,9 +150,9 @@ class Conversation:
                     self.store.wait(self.call_sid, turn, len(reply), SIGN_OF_LIFE)
         return "", "lost"  # there is no such turn: the disk was wiped, or the call forgotten
 
-    def heard(self, words, after, number, caller):
-        """Think ahead: begin a turn, if what the caller has said so far stays the same for a
-        moment. Runs in a thread of its own, since it waits for that.
+    def think_ahead(self, words, after, number, caller):
+        """Begin a turn, if what the caller has said so far stays the same for a moment. Runs in a
+        thread of its own, since it waits for that.
 
         Args:
             words: what the caller has said so far.
@@ -159,9 +161,9 @@ class Conversation:
         """
         so_far, settings = guessed_delivery(words), self.line.settings
         with contextlib.suppress(StoreError):  # nothing is lost: the turn begins when Twilio asks
-            began = time.time() - len(words.split()) / SPEAKING_RATE
+            began = time.time() - len(words.split()) / FAST
             if self.store.hear(self.call_sid, after, number, so_far, began) and (
-                    len(words.split()) > 1):
+                    len(words.split()) > 1):  # one word is rarely all
                 time.sleep(STEADY)
                 turn = self.store.guess(self.call_sid, so_far, words, settings.max_turns,
                                         settings.max_turns_a_day)
@@ -182,6 +184,8 @@ def guessed_delivery(words):
 # --- What Claude can do ---------------------------------------------------------------------------
 # A tool is a function with @anthropic.beta_tool. Claude is sent its name, docstring and arguments,
 # decides when to use it, and is told what it returns or raises.
+running = threading.local()  # its ``writer`` is the Writer whose tool runs in this thread
+SWITCH = "\x0e{}\x0f"  # stands in a reply where its language changes; no voice could speak it
 
 
 class Ending(str):
@@ -244,17 +248,12 @@ def forget_me() -> str:
     return "What is known to be this caller's is deleted, and this call will be when it ends."
 
 
-TOOLS = {tool.name: tool for tool in list(vars().values()) if isinstance(tool, BetaFunctionTool)}
-running = threading.local()  # its ``writer`` is the Writer whose tool runs in this thread
-SWITCH = "\x0e{}\x0f"  # stands in a reply where its language changes; no voice could speak it
-
-
 def tools_for(settings, caller):
     """What Claude is sent of the tools that it may use in this call."""
     may_use = {
         "switch_language": len(settings.languages) > 1,
         "forget_me": settings.keep_days > 0,
-        "hand_over": settings.hand_over_to not in ("", caller.number)}  # or it would come back
+        "hand_over": settings.hand_over_to not in ("", caller.number)}  # nobody calls themselves
     tools = {name: tool.to_dict() for name, tool in TOOLS.items() if may_use.get(name, True)}
     if settings.web_searches:  # Anthropic's own tool: it is used there, in the middle of the reply
         search = {"type": "web_search_20250305", "name": "web_search"}
@@ -262,6 +261,10 @@ def tools_for(settings, caller):
             search["user_location"] = {"type": "approximate", **caller.place}
         tools["web_search"] = {**search, "max_uses": settings.web_searches}
     return tools
+
+
+# All that stand above: so this is the last line of the section.
+TOOLS = {tool.name: tool for tool in list(vars().values()) if isinstance(tool, BetaFunctionTool)}
 
 
 # --- The writing of a reply -----------------------------------------------------------------------
@@ -305,7 +308,7 @@ class Writer:
         self.tools = tools_for(line.settings, caller)
         self.unfinished = self.switch = ""  # the beginning of a sentence, or of a language
         self.kept, self.is_done = 0, False  # how many times there were words to keep
-        self.written = 0  # how many characters Claude has written, to the last request
+        self.written = 0  # how many characters of words the last request has brought so far
         self.began = self.last_sentence = self.last_kept = self.read_until = time.monotonic()
         self.first_sentence_ms = self.request_id = None
         self.tokens_in = self.tokens_out = 0
@@ -319,7 +322,7 @@ class Writer:
         except Exception as error:  # any error: a caller is waiting, so the reply has to end
             stop = how = describe(error)
             if isinstance(error, StoreError):
-                self.unfinished = ""  # a part of it may be kept, and only the answer was lost
+                self.unfinished = ""  # it may be in the row, and only the news of that was lost
             if not isinstance(error, EXPECTED):
                 log.exception("call %s turn %d", self.call_sid, self.turn)
             if self.is_guess and self._is_still_a_guess():
@@ -362,10 +365,21 @@ class Writer:
             messages.append({"role": "assistant", "content": [
                 block for block in content if block.get("text", "words").strip()]})
             if results:
+                with contextlib.suppress(RuntimeError):  # no thread is left for that
+                    threading.Thread(target=self._show_life, daemon=True).start()
                 messages.append({"role": "user", "content": [
                     {"type": "tool_result", "tool_use_id": id, "content": str(result),
                      "is_error": isinstance(result, ToolError)} for id, result in results.items()]})
         return stop
+
+    def _show_life(self):
+        """Until the next answer begins no byte comes, and that may take as long as at first. No
+        other process must take this one for dead meanwhile."""
+        until = time.monotonic() + SENTENCE_TIMEOUT
+        with contextlib.suppress(StoreError):
+            while not self.is_done and time.monotonic() < until and (
+                    self.line.store.grow(self.call_sid, self.turn, "")):
+                time.sleep(SIGN_OF_LIFE)
 
     def _messages(self):
         """What Claude is sent: turns of this call in order, none of them empty, this one last."""
@@ -537,7 +551,8 @@ def heard_and_not(turns):
             words = list(re.finditer(r"\S+\s*", reply[begins:]))
             seconds = later["spoke_at"] - turn["given_at"]
             heard = max(0, round(seconds * SPEAKING_RATE))
-            # No closer than that is it known. An hour less than nothing: somebody set the clock.
+            # It is known no better than to five words, or to a quarter of a long part. And who
+            # spoke an hour before the voice began did not: somebody has set the clock.
             if heard < len(words) - max(5, len(words) / 4) and seconds >= -AN_HOUR:
                 cut = begins + (words[heard - 1].end() if heard else 0)
         yield turn, *(re.sub(SWITCH.format(".*?"), "", part) for part in (reply[:cut], reply[cut:]))

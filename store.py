@@ -24,7 +24,7 @@ DEAD_GUESS = 1.0  # seconds without a sign of life; there is one five times as o
 LOCK_PATIENCE = 2.0  # seconds to wait for others who write: writing takes 1 ms, and Twilio waits
 # For those of the same process a caller waits longer: they go on one after the other, and 300 who
 # begin to speak at once take some seconds on a busy machine.
-TURN_TO_WRITE = 6.0
+QUEUE_PATIENCE = 6.0
 
 VERSION = 1  # of these tables; a file keeps it as its ``user_version``
 SCHEMA = """
@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS calls (
 CREATE TABLE IF NOT EXISTS turns (
     call_sid  TEXT NOT NULL,
     turn      INTEGER NOT NULL,          -- 1, 2, 3 ... within its call
-    delivery  TEXT,                      -- Twilio's idempotency token: the same one, the same turn
+    delivery  TEXT,                      -- Twilio's idempotency token, or the hash of a guess
     words     TEXT NOT NULL,             -- what the caller said
     spoke_at  DOUBLE PRECISION NOT NULL, -- when the caller began to say it, about
     reply     TEXT NOT NULL DEFAULT '',  -- what Claude has written so far, ready to be spoken
@@ -55,7 +55,7 @@ CREATE TABLE IF NOT EXISTS turns (
     guess     INTEGER NOT NULL DEFAULT 0,  -- 1: begun before the caller was done (THINK_AHEAD)
     ahead     DOUBLE PRECISION,          -- so many seconds before Twilio asked it was begun, or
                                          -- when, for what is still a guess
-    touched   DOUBLE PRECISION NOT NULL, -- when this row last changed
+    touched   DOUBLE PRECISION NOT NULL, -- the last sign of life of what writes the reply
     PRIMARY KEY (call_sid, turn),
     UNIQUE (call_sid, delivery)
 );
@@ -96,7 +96,7 @@ class Store:
 
     # --- A call begins
 
-    def open(self, call_sid, caller, trusted):
+    def keep_caller(self, call_sid, caller, trusted):
         """Keep who calls: the number, or None, and whether it is proved that it is the caller's."""
         with self._writing() as database:
             self._open_call(database, call_sid)
@@ -169,7 +169,7 @@ class Store:
                 self._insert(database, call_sid, turn, delivery, words, spoke_at, stop=stop)
         if wrong:
             self._empty_log()
-        return turn, None if came_true else stop is None
+        return turn, (None if came_true else stop is None)
 
     def turns(self, call_sid, first, last):
         """The turns ``first`` to ``last`` of a call, as dicts of their columns."""
@@ -335,13 +335,15 @@ class Store:
             self._empty_log(patience=0)
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > 60:
-            # Somebody has set the clock. For an hour no call is older than it seems; one that is
-            # on never is, whichever process looks.
+            # Somebody has set the clock, and calls may look older than they are. For an hour this
+            # process forgets nothing; and a call that is on begins its two hours anew, whichever
+            # process looks.
             self._clock, self._no_sweep_before = clock, time.monotonic() + 3600
             with self._writing() as database:
                 database.execute("UPDATE calls SET touched = ? WHERE ended IS NULL", [time.time()])
         if time.monotonic() < self._no_sweep_before:
             return
+        # The row of a call outlives its words by a day, as its turns count for turns_today().
         old = time.time() - max(1, self.keep_days) * A_DAY
         silent = time.time() - 2 * 3600  # nobody is on the phone for two hours without a word
         old_words = ("FROM turns WHERE call_sid IN (SELECT call_sid FROM calls WHERE touched < ?"
@@ -431,7 +433,7 @@ class Store:
     def _writing(self):
         """Lend a connection for a transaction that writes: all of it is done, or nothing."""
         # One thread at a time: SQLite lets threads that wait for each other starve.
-        if not self._one_writer.acquire(timeout=TURN_TO_WRITE):
+        if not self._one_writer.acquire(timeout=QUEUE_PATIENCE):
             raise sqlite3.OperationalError("other threads are writing")
         try:
             with self._connection() as database:
@@ -453,7 +455,7 @@ class Store:
             try:
                 connection = self._idle[file].pop()
             except IndexError:
-                connection, file = self._open(), self._which_file()
+                connection, file = self._connect(), self._which_file()
             try:
                 yield connection
             except BaseException as error:
@@ -487,7 +489,7 @@ class Store:
             found = os.stat(self.path)
             return found.st_dev, found.st_ino
 
-    def _open(self):
+    def _connect(self):
         with contextlib.suppress(OSError):  # where no folder can be made, SQLite complains next
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         file = self._which_file()
@@ -546,6 +548,7 @@ class Store:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")  # one process makes them, the others wait
                 if connection.execute("PRAGMA user_version").fetchone() != (VERSION,):
+                    # "ended" was a table of an older version.
                     for table in "ended", "turns", "calls", "phrases":
                         connection.execute(f"DROP TABLE IF EXISTS {table}")
                     for statement in SCHEMA.split(";"):
@@ -581,7 +584,7 @@ class PostgresStore(Store):
 
     def _listen(self):
         self._hears = False  # a pooler lets no news through: nobody relies on it before the first
-        with contextlib.suppress(psycopg.Error), self._open() as database:
+        with contextlib.suppress(psycopg.Error), self._connect() as database:
             for news in database.execute("LISTEN turns").connection.notifies():
                 self._hears = True
                 self._awaited.pop(news.payload, threading.Event()).set()
@@ -610,8 +613,9 @@ class PostgresStore(Store):
         with self._connection() as database, database.transaction():
             yield database
 
-    def _open(self):
-        connection = psycopg.connect(  # A pooler prepares nothing. After 3 s of silence it is lost.
+    def _connect(self):
+        # A pooler knows no prepared statements. A server that is silent for 3 s counts as lost.
+        connection = psycopg.connect(
             self.path, autocommit=True, prepare_threshold=None, connect_timeout=2,
             keepalives_idle=1, keepalives_interval=1, tcp_user_timeout=3000)
         execute = connection.execute
@@ -631,5 +635,5 @@ class PostgresStore(Store):
         return connection
 
     def _empty_log(self, patience=0):
-        """Where deleted words stay for some time, is the server's business."""
+        """How long deleted words stay somewhere is the server's business."""
         self._must_empty_log = False

@@ -124,7 +124,7 @@ def test_a_path_that_cannot_be_opened_is_named(stage):
 def test_started_as_a_program_the_app_says_how_to_start_it(stage):
     ran = subprocess.run([sys.executable, "app.py"], cwd=ROOT, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == "Start the line with: gunicorn app:app -c .gunicorn.conf.py --threads 200 --keep-alive 95\n"
+    assert ran.stderr == "Start the line with: gunicorn app:app -c .gunicorn.conf.py --threads 200 --keep-alive 95 --no-control-socket\n"
 
 
 @meanwhile

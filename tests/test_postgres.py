@@ -372,7 +372,7 @@ def test_whoever_holds_a_call_holds_nobody_up_for_long(server, stores):
 def test_a_caller_is_known_again_and_forgotten(stores):
     here, there, *_ = stores
     for call_sid in ("CA1", "CA2"):
-        here.open(call_sid, "+15551230001", True)
+        here.keep_caller(call_sid, "+15551230001", True)
         here.begin(call_sid, None, f"Hello from {call_sid}.", 0.0, 100, 9)
     assert [turn["words"] for turn in there.earlier("CA2", 9)] == ["Hello from CA1."]
     there.forget_caller("CA2", 1)

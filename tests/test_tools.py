@@ -13,6 +13,7 @@ import zoneinfo
 
 import pytest
 
+from conversation import STALLED
 from tests.claude import Cited, Reply, Search, Thinking, Tool
 from tests.conftest import is_part_of, meanwhile, wait_until
 
@@ -466,3 +467,17 @@ def test_a_key_that_cannot_search_can_still_use_tools(unlucky):
     phone = unlucky.phone()
     phone.call()
     assert phone.say("How late is it?") == "Let me see. It is late."
+
+
+@meanwhile
+def test_no_other_process_takes_a_silence_after_a_tool_for_the_end(stage):
+    words, late = "What time will it be?", Reply("It will be noon.", first_token=STALLED + 3)
+    stage.claude.when(words, Reply("Let me see.", blocks=[Tool("clock")], then=late))
+    with stage.other_app() as app:
+        with stage.other_app(DATABASE_URL=f"sqlite:///{app.database}") as other:
+            phone = stage.phone(app)
+            phone.call()
+            phone.on_hearing = lambda text: setattr(phone, "url", other.url)
+            heard = phone.say(words)
+            assert heard.startswith("Let me see.") and heard.endswith("It will be noon.")
+            assert "One moment." in heard
