@@ -71,13 +71,20 @@ def on_starting(server):
             resource.setrlimit(limit, (most, most))
     # A caller who waits takes two threads: one waits, and one writes the reply.
     server.cfg.set("threads", max(1, min(server.cfg.threads, most_threads(server.cfg) // 2)))
-    # A caller takes two and a half files: a connection from Twilio, one to Claude, and some for a
-    # moment. So two fifths of all files may be connections from Twilio; who calls then has to wait
-    # until one of them is closed.
+    # A quarter of all files may be connections from Twilio: whoever calls then has to wait until
+    # one of them is closed. gunicorn opens one more file for each new connection, connections to
+    # Claude may take another quarter, and the rest is for the database and for what is always open.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY:
-        connections = min(server.cfg.worker_connections, 2 * files // 5)
+        connections = min(server.cfg.worker_connections, files // 4)
         server.cfg.set("worker_connections", max(1, connections))
+    server.log.error_log.addFilter(cut_short)
+
+
+def cut_short(record):
+    """Let no stranger fill the log: gunicorn quotes what is malformed, up to 8 kB of it."""
+    record.msg = str(record.msg)[:300]
+    return True
 
 
 on_reload = on_starting  # at SIGHUP gunicorn has read its settings anew, and forgotten these

@@ -151,7 +151,7 @@ def apologise(error):
         return error  # this is no call: a stranger, or a browser
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
-    if request.endpoint == "healthz":
+    if request.endpoint in ("healthz", "status_callback"):  # Twilio reports the end once more
         return "Voice Claude is not well: see the log.\n", 503
     if request.endpoint == "listening":
         return "", 204
@@ -355,8 +355,12 @@ app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)
 @app.before_request
 def who_may_call():
     """Three checks: a stranger could spend the owner's money, and hear what was said."""
-    if request.scheme not in ("http", "https"):
-        abort(400)  # an X-Forwarded-Proto that no proxy sends
+    try:
+        is_an_address = request.scheme in ("http", "https") and request.url
+    except ValueError:
+        is_an_address = False
+    if not is_an_address:
+        abort(400)  # an X-Forwarded-Proto or X-Forwarded-Host that no proxy sends
     if request.endpoint in (None, "healthz"):
         return None  # this is not about a call; without an endpoint Flask says 404
     if request.path == "/" and request.method != "POST" and "CallSid" not in request.args:

@@ -65,7 +65,8 @@ CREATE TABLE IF NOT EXISTS phrases (     -- the line's own words, as Claude has 
     words     TEXT NOT NULL,
     PRIMARY KEY (language, phrase)
 );
-CREATE INDEX IF NOT EXISTS calls_touched ON calls (touched)
+CREATE INDEX IF NOT EXISTS calls_touched ON calls (touched);
+CREATE INDEX IF NOT EXISTS calls_to_be_forgotten ON calls (touched) WHERE trusted = -1
 """
 
 # --- SQLite, for one machine ----------------------------------------------------------------------

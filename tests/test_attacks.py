@@ -144,6 +144,10 @@ def a_403_says_little(stage, app):
     request += f"X-Forwarded-Host: {'z.' * 3500}\r\nContent-Length: 3\r\nConnection: close\r\n"
     assert exchange(app, f"{request}{FORM}\r\nx=y".encode()).startswith(b"HTTP/1.1 403")
     assert 0 < len(app.log()) - logged < 500
+    logged = len(app.log())
+    odd_method = b"X" * 3000 + b" / HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert exchange(app, odd_method).startswith(b"HTTP/1.1 400")
+    assert 0 < len(app.log()) - logged < 500
 
 
 def many_first_words_at_once(stage, app):
@@ -221,7 +225,6 @@ def test_no_worker_dies_where_no_thread_is_left(stage):
         assert app.workers() == workers
         answered = sum("You are caller" in phone.said[-1][0] for phone in phones)
         assert answered > 40
-        assert "no thread is left" in app.log() or answered == 200
 
 
 # --- The disk -------------------------------------------------------------------------------------

@@ -122,11 +122,12 @@ def test_what_is_not_there_is_404_without_a_word_in_the_log(stage, no_token):
         assert "wp-login" not in app.log()[before:]
 
 
-def test_a_forged_protocol_is_no_traceback(stage):
-    for path in ("/", "/talking"):
-        for method in ("GET", "POST"):
-            headers = {**PROXY, "X-Forwarded-Proto": "http://["}
-            assert post(stage.app, path, {"SpeechResult": "Hi."}, headers, method)[0] == 400
+def test_a_forged_protocol_or_host_is_no_traceback(stage):
+    for forged in {"X-Forwarded-Proto": "http://["}, {"X-Forwarded-Host": "xn--a"}:
+        for path in ("/", "/talking"):
+            for method in ("GET", "POST"):
+                headers = {**PROXY, **forged}
+                assert post(stage.app, path, {"SpeechResult": "Hi."}, headers, method)[0] == 400
 
 
 @meanwhile
