@@ -181,8 +181,10 @@ def what_was_said():
 def in_url(name):
     """What the URL that Twilio asks carries by this name; where Twilio falls back to another URL,
     what the one that went wrong carries. Empty if it isn't there."""
-    asked = request.values.get("ErrorUrl") or request.url
-    return parse_qs(urlsplit(asked).query).get(name, [""])[0]
+    if "in_url" not in g:
+        asked = request.values.get("ErrorUrl") or request.url
+        g.in_url = parse_qs(urlsplit(asked).query)
+    return g.in_url.get(name, [""])[0]
 
 
 def number_in_url(name):

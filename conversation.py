@@ -325,7 +325,7 @@ class Writer:
                 self.unfinished = ""  # it may be in the row, and only the news of that was lost
             if not isinstance(error, EXPECTED):
                 log.exception("call %s turn %d", self.call_sid, self.turn)
-            if self.is_guess and self._is_still_a_guess():
+            if self._is_still_a_guess():
                 stop = "wrong"  # so that Claude is asked again when Twilio asks
         for pause in 0.0, 1.0, 2.0, 4.0:  # a database that fails may be back a moment later
             time.sleep(pause)
@@ -341,7 +341,7 @@ class Writer:
         with self.news:
             self.is_done = True
             self.news.notify_all()
-        guess = self.is_guess and self._is_still_a_guess()
+        guess = self._is_still_a_guess()
         log.info(
             "call %s %s: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
             self.call_sid, "guess" if guess else f"turn {self.turn}", self.first_sentence_ms,
@@ -467,7 +467,7 @@ class Writer:
 
     def _use(self, tool_use):
         """Use a tool, and return what it returned; or a ToolError, which says what was wrong."""
-        while self.is_guess and self._is_still_a_guess():
+        while self._is_still_a_guess():
             self._keep("")  # raises CallerGone, once the guess is wrong
             time.sleep(0.05)
         began, results = time.monotonic(), []
@@ -496,9 +496,10 @@ class Writer:
 
     def _is_still_a_guess(self):
         """Whether nobody knows yet that the caller has said no more."""
-        with contextlib.suppress(StoreError):
-            for row in self.line.store.turns(self.call_sid, self.turn, self.turn):
-                self.is_guess = bool(row["guess"])
+        if self.is_guess:
+            with contextlib.suppress(StoreError):
+                for row in self.line.store.turns(self.call_sid, self.turn, self.turn):
+                    self.is_guess = bool(row["guess"])
         return self.is_guess
 
     def _watched(self, response):

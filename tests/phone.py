@@ -654,6 +654,13 @@ def no_interruption():
         before(signal.SIGINT, None)
 
 
+def free_port():
+    """A port of loopback where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class App:
     """The app, started as the Procfile does, on a free loopback port, with a database of its own.
 
@@ -674,9 +681,7 @@ class App:
         self.database = os.path.join(self.scratch, "calls.db")
         self.log_path = os.path.join(self.scratch, "log")
         self.folder, self.arguments, self.inherits, self.within = folder, arguments, inherits, within
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         basics = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
         self.environ = {

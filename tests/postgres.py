@@ -10,9 +10,12 @@ import os
 import pathlib
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
+
+from tests.phone import free_port
+
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")  # None: not installed
 
 
 def what_is_missing():
@@ -41,9 +44,7 @@ class Server:
         self.user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
         if self.user:
             os.chown(self.folder, pwd.getpwnam("postgres").pw_uid, -1)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.names = 0
 
     def __enter__(self):
@@ -87,16 +88,14 @@ class Server:
     def pooler(self, url):
         """The URL of a PgBouncer before this database, in the mode in which most poolers are: it lends a connection
         for one transaction. (What Debian's package ``pgbouncer`` installs.)"""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         name, configuration = url.rpartition("/")[2], pathlib.Path(self.folder, "pgbouncer.ini")
         configuration.write_text(
             f"[databases]\n{name} = host=127.0.0.1 port={self.port} user=claude\n[pgbouncer]\nlisten_port = {port}\n"
             "listen_addr = 127.0.0.1\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
             "default_pool_size = 4\nignore_startup_parameters = extra_float_digits\n", encoding="utf-8")
         pooler = subprocess.Popen(
-            [shutil.which("pgbouncer") or "/usr/sbin/pgbouncer", configuration], cwd=self.folder,
+            [PGBOUNCER, configuration], cwd=self.folder,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self.user)
         try:
             yield url.replace(str(self.port), str(port))

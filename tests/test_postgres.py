@@ -5,8 +5,6 @@ skipped, unless VOICE_CLAUDE_ALL_TESTS is 1: then that is a failure.
 """
 
 import contextlib
-import os
-import shutil
 import signal
 import threading
 import time
@@ -19,7 +17,7 @@ from tests import test_call, test_hard_to_kill
 from tests.claude import Claude, Reply
 from tests.conftest import PROXY, PUBLIC_URL, Stage, cannot_run, in_thread, wait_until
 from tests.phone import App, Phone
-from tests.postgres import Server, what_is_missing
+from tests.postgres import PGBOUNCER, Server, what_is_missing
 from tests.test_hard_to_kill import SORRY, STORY, healthz
 
 # The tests of a call once more: without those that mostly wait for Claude, that look into SQLite's file, or that are about
@@ -203,7 +201,7 @@ def a_machine_that_is_killed_in_mid_reply(stage, app):
 
 
 def test_behind_a_pooler_that_lets_no_news_through(stage):
-    if not (shutil.which("pgbouncer") or os.path.exists("/usr/sbin/pgbouncer")):
+    if not PGBOUNCER:
         cannot_run("no PgBouncer is installed: apt-get install pgbouncer")
     stage.claude.when("Tell it to the pool.", Reply(STORY, pace=20))
     with contextlib.ExitStack() as stack:
