@@ -1,640 +1,372 @@
-"""What is said on the phone, for as long as the call lasts, in one SQLite file, or in Postgres.
+"""The words of every call, in one SQLite file, for as long as the call lasts.
 
-A turn is a row: what the caller said, and a reply that grows, sentence by sentence, while Claude
-writes it. Any process that can open the file can go on where another process stopped.
+A call has a row in ``calls``, and each of its turns a row in ``turns``: what the caller said, and a
+reply that grows sentence by sentence while Claude writes it. Any process that can open the file can
+go on where another process stopped.
 """
 
-import collections
 import contextlib
 import logging
 import os
+import re
 import sqlite3
+import tempfile
 import threading
 import time
-import weakref
+from collections.abc import Iterator
+from typing import Any
 
 log = logging.getLogger("voice-claude")
 
 StoreError = sqlite3.Error  # the disk is full, read-only or locked, or the file is no database
 
-MEANWHILE = ".meanwhile"  # behind the path: the file that is used while the owner mends the other
 
-A_DAY = 24 * 60 * 60.0  # seconds
-DEAD_GUESS = 1.0  # seconds without a sign of life; there is one five times as often
-LOCK_PATIENCE = 2.0  # seconds to wait for others who write: writing takes 1 ms, and Twilio waits
-# For those of the same process a caller waits longer: they go on one after the other, and 300 who
-# begin to speak at once take some seconds on a busy machine.
-QUEUE_PATIENCE = 6.0
+class CallIsOver(Exception):
+    """The caller has hung up, so nothing more of this call may be stored."""
 
-VERSION = 1  # of these tables; a file keeps it as its ``user_version``
+
+class NoTurnIsLeft(Exception):
+    """All calls together have had as many turns as they may have in 24 hours."""
+
+
+TWO_HOURS, A_DAY = 2 * 3600.0, 24 * 3600.0  # seconds
+LOCK_PATIENCE = 2.0  # seconds to wait for another process: a write takes 1 ms
+QUEUE_PATIENCE = 6.0  # seconds to wait for other threads: 300 callers at once can take that long
+LOOK_AGAIN = 0.05  # seconds between two looks at a reply that another process writes
+SIGN_OF_LIFE = 1.0  # seconds between two signs that a reply is still being written
+SPEAKING_RATE = 2.75  # words a second at which Twilio's voices speak: 2.5 to 3
+
+VERSION = 2  # of these tables; the file keeps it as its ``user_version``
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     call_sid   TEXT PRIMARY KEY,
-    caller     TEXT,                        -- the number, where the words of the call are kept
-    trusted    INTEGER NOT NULL DEFAULT 0,  -- 1: the number is proved, -1: to be forgotten
-    turns      INTEGER NOT NULL DEFAULT 0,  -- how many there were, also when the words are gone
-    tokens_in  INTEGER NOT NULL DEFAULT 0,  -- how many Claude has read
-    tokens_out INTEGER NOT NULL DEFAULT 0,  -- how many Claude has written
-    began      DOUBLE PRECISION NOT NULL,   -- in Unix seconds, as all moments are
-    touched    DOUBLE PRECISION NOT NULL,   -- when the caller last spoke, or the call ended
-    ended      DOUBLE PRECISION,            -- NULL while the call is on
-    so_far     TEXT,                        -- with THINK_AHEAD: a hash of what the caller has said
-    so_far_nr  INTEGER,                     -- so far in this turn, its number in Twilio's order,
-    so_far_at  DOUBLE PRECISION             -- and when the caller began to say it
+    began      DOUBLE PRECISION NOT NULL,            -- all moments are Unix times, in seconds
+    ended      DOUBLE PRECISION,                     -- NULL while the call goes on
+    keep       INTEGER NOT NULL DEFAULT 0,           -- seconds to keep the words after the call
+    forget_at  DOUBLE PRECISION NOT NULL,            -- when the words are deleted
+    forgotten  INTEGER NOT NULL DEFAULT 0            -- 1 from then on, for one day
 );
 CREATE TABLE IF NOT EXISTS turns (
-    call_sid  TEXT NOT NULL,
-    turn      INTEGER NOT NULL,          -- 1, 2, 3 ... within its call
-    delivery  TEXT,                      -- Twilio's idempotency token, or the hash of a guess
-    words     TEXT NOT NULL,             -- what the caller said
-    spoke_at  DOUBLE PRECISION NOT NULL, -- when the caller began to say it, about
-    reply     TEXT NOT NULL DEFAULT '',  -- what Claude has written so far, ready to be spoken
-    stop      TEXT,                      -- how the reply ended, or NULL while it grows
-    last_part INTEGER,                   -- where the part begins that the caller may cut in on
-    given_at  DOUBLE PRECISION,          -- when Twilio was given that part
-    guess     INTEGER NOT NULL DEFAULT 0,  -- 1: begun before the caller was done (THINK_AHEAD)
-    ahead     DOUBLE PRECISION,          -- so many seconds before Twilio asked it was begun, or
-                                         -- when, for what is still a guess
-    touched   DOUBLE PRECISION NOT NULL, -- the last sign of life of what writes the reply
-    PRIMARY KEY (call_sid, turn),
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,    -- the number of a deleted row never comes back
+    call_sid   TEXT NOT NULL REFERENCES calls ON DELETE CASCADE,
+    turn       INTEGER NOT NULL,                     -- 1, 2, 3 ... within the call
+    delivery   TEXT,                                 -- Twilio's idempotency token
+    words      TEXT NOT NULL,                        -- what the caller said
+    spoke_at   DOUBLE PRECISION NOT NULL,            -- when the caller began to say it, roughly
+    reply      TEXT NOT NULL DEFAULT '',             -- what Claude has written, ready to be spoken
+    stop       TEXT,                                 -- how the reply ended, NULL while it grows
+    touched    DOUBLE PRECISION NOT NULL,            -- the last sign of life of its Writer
+    last_part  INTEGER,                              -- where the last part begins, and when Twilio
+    given_at   DOUBLE PRECISION,                     -- was given it: the caller may interrupt it
+    tokens_in  INTEGER NOT NULL DEFAULT 0, tokens_out INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (call_sid, turn),
     UNIQUE (call_sid, delivery)
 );
-CREATE TABLE IF NOT EXISTS phrases (     -- the line's own words, as Claude has translated them
-    language  TEXT NOT NULL,
-    phrase    TEXT NOT NULL,             -- in English
-    words     TEXT NOT NULL,
-    PRIMARY KEY (language, phrase)
-);
-CREATE INDEX IF NOT EXISTS calls_touched ON calls (touched);
-CREATE INDEX IF NOT EXISTS calls_to_be_forgotten ON calls (touched) WHERE trusted = -1
+CREATE INDEX IF NOT EXISTS turns_today ON turns (spoke_at);
+CREATE INDEX IF NOT EXISTS calls_due ON calls (forgotten, forget_at)
 """
-
-# --- SQLite, for one machine ----------------------------------------------------------------------
 
 
 class Store:
-    """All calls, in the file at this path. The first call makes it, with its folder; before that
-    nothing is opened, since a process that is forked later can't share a connection. Every method
-    is one short transaction, and raises StoreError when the disk or the file is bad.
+    """All calls, in the file at the path of a URL like ``sqlite:///calls.db``. All methods may
+    raise StoreError. A process has one connection, which its threads use one after the other. It
+    is opened when it is first needed: a process that is forked before that can't share it."""
 
-    Args:
-        keep_days: for so many days after a call its words are kept; 0 forgets them with the call.
-        connections: so many at most are open at the same time.
-    """
+    # Tables of extras, as {name: columns after call_sid}. A row is deleted with its call's words.
+    extra_tables: dict[str, str] = {}
 
-    def __init__(self, path, keep_days=0, connections=8):
-        self.path, self.keep_days = path, keep_days
-        self._free = threading.Semaphore(connections)  # each takes files, which may be few
-        # Connections that nobody uses, by their file: to open one costs as much as 20 writes.
-        self._idle = collections.defaultdict(list)
-        self._one_writer = threading.Lock()
-        self._clock = time.time() - time.monotonic()  # changes where somebody sets the clock
-        self._no_sweep_before = 0.0
-        self._looking, self._looked, self._fault = threading.Lock(), float("-inf"), None
-        self._to_end = set()  # the calls whose end isn't kept yet: Twilio reports it only once
-        self._must_empty_log = True  # a process before this one may have left words there
-        self._clearing_up = threading.Thread()  # the one that tries again, once there is a need
-
-    # --- A call begins
-
-    def keep_caller(self, call_sid, caller, trusted):
-        """Keep who calls: the number, or None, and whether it is proved that it is the caller's."""
-        with self._writing() as database:
-            self._open_call(database, call_sid)
-            database.execute("UPDATE calls SET caller = ?, trusted = ? WHERE call_sid = ?",
-                             [self.keep_days and caller or None, int(trusted), call_sid])
-
-    def is_trusted(self, call_sid):
-        """Whether the number of this call is proved."""
-        with self._connection() as database:
-            return bool(database.execute("SELECT 1 FROM calls WHERE call_sid = ? AND trusted <> 0",
-                                         [call_sid]).fetchall())
-
-    def turns_today(self):
-        """How many turns there were in all calls of the last 24 hours; a few more, if a call has
-        been on for all that time."""
-        with self._connection() as database:
-            return self._turns_today(database)
-
-    def first_this_hour(self):
-        """Whether nobody has asked this in the last hour, in any process."""
-        now = time.time()
-        with self._writing() as database:
-            return database.execute(  # no such call, but a row with a time
-                "INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?) ON CONFLICT"
-                " (call_sid) DO UPDATE SET touched = excluded.touched WHERE calls.touched < ?",
-                ["limit", now, now, now - 3600]).rowcount == 1
+    def __init__(self, url: str):
+        self.name, self.path = url, url.removeprefix("sqlite:///")
+        self._lock = threading.RLock()
+        self._database: sqlite3.Connection | None = None
+        self._file: tuple | None = None  # the file that the connection has open
+        self.growing: set[int] = set()  # the replies that this process writes, and should go on
+        self.awaited: dict[int, threading.Event] = {}  # the replies that its threads wait for
+        self._life = threading.Thread()
+        self._over: set[str] = set()  # calls whose end is reported, and not stored yet
+        self.log_holds_words = True  # an earlier process may have left deleted words there
+        self._begin_afresh()
 
     # --- A turn, in the order in which things happen
+    def begin(self, call_sid: str) -> Any:
+        """Return the row of a call. If there is none yet, make it."""
+        self.sql("INSERT INTO calls (call_sid, began, forget_at) VALUES (?, ?, ?) ON CONFLICT"
+                 " (call_sid) DO NOTHING", call_sid, time.time(), time.time() + TWO_HOURS)
+        return self.sql("SELECT * FROM calls WHERE call_sid = ?", call_sid)[0]
 
-    def begin(self, call_sid, delivery, words, spoke_at, most, most_today, guessed=None):
-        """Keep what the caller said, as a new turn. If an earlier reply of this call is still
-        growing, it stops there: the caller has gone on.
-
-        Args:
-            delivery: Twilio's ``I-Twilio-Idempotency-Token``, or None. The same again is the same
-                turn, delivered again.
-            spoke_at: when the caller began to say it, in Unix seconds.
-            most: so many turns a call may have; what comes then has the stop "max_turns".
-            most_today: so many turns all calls together may have in 24 hours.
-            guessed: with THINK_AHEAD, the delivery of a guess that is true if these are its words.
-
-        Returns:
-            (turn, is_new). The turn is None if the call is over, and 0 if none is left today.
-            Nobody need write a reply to a turn that is not new; or is_new is None, for a guess that
-            has come true.
-        """
-        with self._writing() as database:
-            call = self._open_call(database, call_sid)
-            if call["ended"]:
-                return None, False
-            for seen in database.execute("SELECT turn FROM turns WHERE call_sid = ?"
-                                         " AND delivery = ?", [call_sid, delivery]):
-                return *seen, False
-            if self._turns_today(database) >= most_today:
-                return 0, False
-            now, came_true, wrong = time.time(), 0, 0
-            database.execute("UPDATE calls SET turns = turns + 1, touched = ?, so_far = NULL,"
-                             " so_far_nr = NULL, so_far_at = NULL WHERE call_sid = ?",
-                             [now, call_sid])
-            database.execute("UPDATE turns SET stop = 'overtaken'"
-                             " WHERE call_sid = ? AND guess = 0 AND stop IS NULL", [call_sid])
-            turn, spoke_at = self._last_turn(database, call_sid) + 1, call["so_far_at"] or spoke_at
-            stop = "max_turns" if call["turns"] >= most else None
-            if guessed:
-                came_true, wrong = self._end_guesses(database, call_sid, guessed, words, delivery,
-                                                     spoke_at)
-            if came_true:
-                turn = self._last_turn(database, call_sid)
-            else:
-                self._insert(database, call_sid, turn, delivery, words, spoke_at, stop=stop)
-        if wrong:
-            self._empty_log()
-        return turn, (None if came_true else stop is None)
-
-    def turns(self, call_sid, first, last):
-        """The turns ``first`` to ``last`` of a call, as dicts of their columns."""
-        with self._connection() as database:
-            return self._dicts(database.execute(
-                "SELECT * FROM turns WHERE call_sid = ? AND turn BETWEEN ? AND ? ORDER BY turn",
-                [call_sid, first, last]))
-
-    def earlier(self, call_sid, most):
-        """The last turns of earlier calls of the same caller, if the number is proved in this call
-        and was in those; each with the moment when its call ``began``."""
-        with self._connection() as database:
-            return self._dicts(database.execute(
-                "SELECT turns.*, other.began FROM calls AS this JOIN calls AS other"
-                " ON other.caller = this.caller AND other.trusted = 1 AND this.trusted = 1"
-                " AND other.call_sid <> this.call_sid"
-                " JOIN turns ON turns.call_sid = other.call_sid AND guess = 0"
-                " WHERE this.call_sid = ? ORDER BY other.began DESC, turn DESC LIMIT ?",
-                [call_sid, most]))[::-1]
-
-    def grow(self, call_sid, turn, text, stop=None):
-        """Add to a reply, and perhaps end it.
+    def turn(self, call_sid: str, delivery: str | None, words: str, spoke_at: float,
+             most: int, most_today: int) -> tuple[int, int | None]:
+        """Store what the caller said as a new turn. If an earlier reply of this call still grows,
+        it ends there: the caller has gone on. Raises CallIsOver and NoTurnIsLeft.
 
         Args:
-            text: what is added. An empty one only shows that the reply is still being written.
-            stop: how the reply ended, or None if it goes on.
+            delivery: Twilio's ``I-Twilio-Idempotency-Token``, or None. Twilio may deliver a webhook
+                twice; the same token again is the same turn.
+            words: what the caller said; never empty.
+            spoke_at: when the caller began to say it, as a Unix time.
+            most: how many turns a call may have. The next one ends at once, as "max_turns".
+            most_today: how many turns all calls together may have in 24 hours.
 
-        Returns:
-            Whether the reply was still growing. If not, nothing is changed: the caller has gone on.
+        Returns: the number of the turn, and the id of its row if somebody has to write the reply.
         """
-        with self._writing() as database:
-            return database.execute(
-                "UPDATE turns SET reply = reply || ?, stop = ?, touched = ?"
-                " WHERE call_sid = ? AND turn = ? AND stop IS NULL",
-                [text, stop, time.time(), call_sid, turn]).rowcount == 1
+        with self.transaction():
+            if (call := self.begin(call_sid))["ended"]:
+                raise CallIsOver
+            if seen := self.sql("SELECT turn FROM turns WHERE call_sid = ? AND delivery = ?",
+                                call_sid, delivery):
+                return seen[0]["turn"], None
+            if (today := self.turns_today()) >= most_today:
+                raise NoTurnIsLeft
+            self.sql("UPDATE turns SET stop = 'overtaken' WHERE call_sid = ? AND stop IS NULL",
+                     call_sid)
+            self.sql("UPDATE calls SET forget_at = ?, forgotten = 0 WHERE call_sid = ?",
+                     time.time() + TWO_HOURS + call["keep"], call_sid)
+            self.sql("INSERT INTO turns (call_sid, delivery, words, spoke_at, touched, turn) SELECT"
+                     " ?, ?, ?, ?, ?, COALESCE(MAX(turn), 0) + 1 FROM turns WHERE call_sid = ?",
+                     call_sid, delivery, words, spoke_at, time.time(), call_sid)
+            new = self.sql("SELECT turn, id FROM turns WHERE call_sid = ? ORDER BY turn DESC"
+                           " LIMIT 1", call_sid)[0]
+            if today + 1 == most_today:
+                log.warning("MAX_TURNS_A_DAY is reached: callers are told to try tomorrow")
+            if new["turn"] > most:
+                self.grow(new["id"], "", stop="max_turns")
+                return new["turn"], None
+            self.growing.add(new["id"])
+            if not self._life.is_alive():  # this is the first reply of this process
+                self._life = threading.Thread(target=self._show_life, daemon=True)
+                self._life.start()
+            return new["turn"], new["id"]
 
-    def wait(self, call_sid, turn, length, seconds):
-        """Wait until a reply that another process writes may have more than so many characters."""
-        time.sleep(0.05)  # a file tells nothing: look again soon, and cheaply
+    def turns_today(self) -> int:
+        """How many turns all calls together had in the last 24 hours."""
+        return self.sql("SELECT COUNT(*) AS turns FROM turns WHERE spoke_at > ?",
+                        time.time() - A_DAY)[0]["turns"]
 
-    def give(self, call_sid, turn, last_part):
-        """Note that Twilio is given the last part of a reply now: the caller may cut in on it."""
-        with self._writing() as database:
-            database.execute("UPDATE turns SET last_part = ?, given_at = ?"
-                             " WHERE call_sid = ? AND turn = ?",
-                             [last_part, time.time(), call_sid, turn])
+    def turns(self, call_sid: str, last_id: int = 2**62) -> list[dict[str, Any]]:
+        """The turns of a call before the row with this id, and this row (which an extra may keep
+        elsewhere until it is sure of it). Turns whose words are deleted are left out."""
+        rows = self.sql("SELECT * FROM turns WHERE (call_sid = ? AND id < ? OR id = ?)"
+                        " AND words <> '' ORDER BY id", call_sid, last_id, last_id)
+        return [dict(row, call_sid=call_sid) for row in rows]
 
-    def count_tokens(self, call_sid, tokens_in, tokens_out):
-        """Add to the tokens that Claude has read and written in a call."""
-        with self._writing() as database:
-            database.execute(
-                "UPDATE calls SET tokens_in = tokens_in + ?, tokens_out = tokens_out + ?"
-                " WHERE call_sid = ?", [tokens_in, tokens_out, call_sid])
+    def grow(self, row_id: int, text: str, stop: str | None = None,
+             tokens_in: int = 0, tokens_out: int = 0) -> bool:
+        """Append to a reply, and wake the threads that wait for it. An empty text only shows that
+        somebody still writes it. ``stop`` says how it ended, None that it goes on. Returns whether
+        the reply was still growing. If not, it stays as it is."""
+        grew = self.sql("UPDATE turns SET reply = reply || ?, stop = ?, touched = ? WHERE id = ?"
+                        " AND stop IS NULL", text, stop, time.time(), row_id) == 1
+        if stop:
+            self.sql("UPDATE turns SET tokens_in = ?, tokens_out = ? WHERE id = ?",
+                     tokens_in, tokens_out, row_id)
+        if stop or not grew:
+            self.growing.discard(row_id)
+        if (text or stop) and (news := self.awaited.pop(row_id, None)):
+            news.set()
+        return grew
 
-    # --- Thinking ahead
+    def _show_life(self) -> None:
+        """Other processes, and the next one after this, can tell whose replies still grow."""
+        while True:
+            time.sleep(SIGN_OF_LIFE)
+            with contextlib.suppress(StoreError):
+                for row_id in list(self.growing):
+                    self.grow(row_id, "")
 
-    def hear(self, call_sid, after, number, so_far, so_far_at):
-        """Note what the caller has said so far. What was guessed from other words is wrong then.
+    def wait(self, call_sid: str, turn: int, heard: int) -> Any:
+        """Return the row of a turn as soon as its reply has ended or is longer than ``heard``
+        characters, and at the latest after a second. None if there is no such turn."""
+        until = time.monotonic() + SIGN_OF_LIFE
+        while rows := self.sql("SELECT * FROM turns WHERE call_sid = ? AND turn = ?",
+                               call_sid, turn):
+            row, left = rows[0], until - time.monotonic()
+            if row["stop"] or len(row["reply"]) > heard or left <= 0:
+                return row
+            if news := self.awaited.get(row["id"]):
+                news.wait(left if row["id"] in self.growing else min(left, LOOK_AGAIN))
+            else:  # it may have grown before there was an Event: look once more
+                self.awaited[row["id"]] = threading.Event()
+        return None
 
-        Args:
-            after: the last turn before; where there was another one since, this comes too late.
-            number: Twilio's number of it; what comes later with a smaller number is older.
-            so_far: the words, as ``guess`` takes them.
-            so_far_at: when the caller began to say them; noted once in a turn.
+    def give(self, call_sid: str, turn: int, last_part: int) -> None:
+        """Note that Twilio is now given the last part of a reply, from this character on."""
+        self.sql("UPDATE turns SET last_part = ?, given_at = ? WHERE call_sid = ? AND turn = ?",
+                 last_part, time.time(), call_sid, turn)
 
-        Returns:
-            Whether it is not too late.
-        """
-        with self._writing() as database:
-            self._open_call(database, call_sid)
-            in_time = database.execute(
-                "UPDATE calls SET so_far = ?, so_far_nr = ?, so_far_at = COALESCE(so_far_at, ?)"
-                " WHERE call_sid = ? AND ended IS NULL AND COALESCE(so_far_nr, 0) <= ? AND ? ="
-                " (SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ? AND guess = 0)",
-                [so_far, number, so_far_at, call_sid, number, after, call_sid])
-            if in_time.rowcount == 1:
-                database.execute("UPDATE turns SET stop = 'wrong', words = '', reply = '',"
-                                 " delivery = NULL WHERE call_sid = ? AND guess = 1 AND delivery"
-                                 " <> ?", [call_sid, so_far])
-            return in_time.rowcount == 1
+    # --- The end of a call
+    def end(self, call_sid: str) -> Any:
+        """The call is over: accept no more words, and delete those that are stored, unless they are
+        to be kept. If that fails, the next ``sweep`` tries again. Returns a row: how many ``turns``
+        the call had, and how many tokens Claude read (``tokens_in``) and wrote (``tokens_out``)."""
+        self._over.add(call_sid)
+        counts = self.sql("SELECT COUNT(*) AS turns, COALESCE(SUM(tokens_in), 0) AS tokens_in,"
+                          " COALESCE(SUM(tokens_out), 0) AS tokens_out FROM turns"
+                          " WHERE call_sid = ?", call_sid)[0]
+        self.sweep()
+        return counts
 
-    def guess(self, call_sid, so_far, words, most, most_today):
-        """Begin a turn with words of which nobody knows yet whether they are all: if they are still
-        what the caller has said so far, and there were not three guesses. Returns the turn, or
-        None."""
-        with self._writing() as database:
-            call = self._open_call(database, call_sid)
-            guesses = database.execute("SELECT delivery FROM turns WHERE call_sid = ?"
-                                       " AND guess = 1", [call_sid]).fetchall()
-            if call["so_far"] != so_far or call["ended"] or len(guesses) >= 3 or (
-                    (so_far,) in guesses or call["turns"] >= most
-                    or self._turns_today(database) >= most_today):
-                return None
-            turn = self._last_turn(database, call_sid) + 1
-            self._insert(database, call_sid, turn, so_far, words, call["so_far_at"], guess=1)
-            return turn
-
-    @staticmethod
-    def _end_guesses(database, call_sid, guessed, words, delivery, spoke_at):
-        """Make the guess with the delivery ``guessed``, if there is one, the turn with these words,
-        and delete all others. Returns how many (came true, were wrong)."""
-        now = time.time()
-        came_true = database.execute(
-            "UPDATE turns SET guess = 0, ahead = ? - ahead, words = ?, delivery = ?, spoke_at = ?"
-            " WHERE call_sid = ? AND guess = 1 AND delivery = ? AND COALESCE(stop, '') <> 'wrong'"
-            " AND (stop IS NOT NULL OR touched > ?)",
-            [now, words, delivery, spoke_at, call_sid, guessed, now - DEAD_GUESS]).rowcount
-        wrong = database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1",
-                                 [call_sid]).rowcount
-        return came_true, wrong
-
-    # --- The end of a call, and what is kept after it
-
-    def end(self, call_sid):
-        """The call is over: keep nothing that comes late, and delete what was said, unless it is to
-        be kept. Returns the (turns, tokens_in, tokens_out) that the call had."""
-        self._to_end.add(call_sid)
-        try:
-            counts = self._end(call_sid)
-            self._to_end.discard(call_sid)
-            self._empty_log()
-            return counts
-        except StoreError:
-            self._clear_up_later()
-            raise
-
-    def _end(self, call_sid):
-        with self._writing() as database:
-            call, now = self._open_call(database, call_sid), time.time()
-            database.execute("UPDATE calls SET ended = ?, touched = ? WHERE call_sid = ?",
-                             [now, now, call_sid])
-            database.execute("UPDATE turns SET stop = 'hung up'"
-                             " WHERE call_sid = ? AND stop IS NULL", [call_sid])
-            database.execute("DELETE FROM turns WHERE call_sid = ? AND guess = 1", [call_sid])
-            if not self.keep_days or call["trusted"] == -1:
-                database.execute("DELETE FROM turns WHERE call_sid = ?", [call_sid])
-                database.execute("UPDATE calls SET caller = NULL WHERE call_sid = ?", [call_sid])
-            return call["turns"], call["tokens_in"], call["tokens_out"]
-
-    def forget_caller(self, call_sid, turn):
-        """Delete what was said in this call before this turn, and in the caller's earlier calls if
-        the number is proved; and at its end what is said in this call from now on."""
-        with self._writing() as database:
-            gone = ("SELECT call_sid FROM calls WHERE call_sid = ? OR caller = (SELECT caller"
-                    " FROM calls WHERE call_sid = ? AND trusted <> 0)")
-            database.execute(f"DELETE FROM turns WHERE call_sid IN ({gone})"
-                             " AND NOT (call_sid = ? AND turn >= ? AND stop IS NULL)",
-                             [call_sid, call_sid, call_sid, turn])
-            database.execute("UPDATE calls SET caller = NULL, trusted = -1"
-                             f" WHERE call_sid IN ({gone})", [call_sid, call_sid])
-        self._empty_log()
-
-    def calls(self):
-        """The calls of which words are there, as dicts of their columns."""
-        with self._connection() as database:
-            return self._dicts(database.execute(
-                "SELECT * FROM calls WHERE call_sid IN (SELECT call_sid FROM turns)"
-                " ORDER BY began"))
-
-    def sweep(self):
-        """Forget what was kept for long enough, and the calls whose end Twilio never reported."""
-        if self._must_empty_log:
-            self._empty_log(patience=0)
-        clock = time.time() - time.monotonic()
-        if abs(clock - self._clock) > 60:
-            # Somebody has set the clock, and calls may look older than they are. For an hour this
-            # process forgets nothing; and a call that is on begins its two hours anew, whichever
-            # process looks.
-            self._clock, self._no_sweep_before = clock, time.monotonic() + 3600
-            with self._writing() as database:
-                database.execute("UPDATE calls SET touched = ? WHERE ended IS NULL", [time.time()])
-        if time.monotonic() < self._no_sweep_before:
-            return
-        # The row of a call outlives its words by a day, as its turns count for turns_today().
-        old = time.time() - max(1, self.keep_days) * A_DAY
-        silent = time.time() - 2 * 3600  # nobody is on the phone for two hours without a word
-        old_words = ("FROM turns WHERE call_sid IN (SELECT call_sid FROM calls WHERE touched < ?"
-                     " OR touched < ? AND trusted = -1)")
-        moments = [old if self.keep_days else silent, silent]
-        with self._connection() as database:
-            found = database.execute(f"SELECT 1 {old_words} UNION ALL SELECT 1 FROM calls WHERE"
-                                     " touched < ? LIMIT 1", [*moments, old]).fetchone()
-        if found:
-            with self._writing() as database:
-                database.execute(f"DELETE {old_words}", moments)
-                database.execute("DELETE FROM calls WHERE touched < ?", [old])
+    def sweep(self) -> None:
+        """Delete the words of every call whose time has come, and what is left of it a day later:
+        until then its turns count for ``turns_today``."""
+        over, now = list(self._over), time.time()
+        with self.transaction():
+            for call_sid in over:
+                self.sql("UPDATE calls SET ended = ?, forget_at = ? WHERE call_sid = ? AND ended IS"
+                         " NULL", now, now + self.begin(call_sid)["keep"], call_sid)
+                self.sql("UPDATE turns SET stop = 'hung up' WHERE call_sid = ? AND stop IS NULL",
+                         call_sid)
+            due = "forgotten = 0 AND forget_at <= ?"
+            if self.sql(f"SELECT 1 FROM calls WHERE {due} LIMIT 1", now):
+                theirs = f"WHERE call_sid IN (SELECT call_sid FROM calls WHERE {due})"
+                self.sql("UPDATE turns SET words = '', reply = '', stop = 'forgotten' " + theirs,
+                         now)
+                for table in self.extra_tables:
+                    self.sql(f"DELETE FROM {table} {theirs}", now)
+                self.sql(f"UPDATE calls SET forgotten = 1 WHERE {due}", now)
+                self.log_holds_words = True
+            if self.sql("DELETE FROM calls WHERE forgotten = 1 AND forget_at <= ?", now - A_DAY):
+                self.log_holds_words = True
+        self._over.difference_update(over)
+        if self.log_holds_words:  # SQLite's write-ahead log, where they would stay for some time
             self._empty_log()
 
-    def phrases(self, language):
-        """The line's own words in a language, as {English: words}."""
-        with self._connection() as database:
-            return dict(database.execute(
-                "SELECT phrase, words FROM phrases WHERE language = ?", [language]).fetchall())
+    def check(self) -> None:
+        """Write and read something, to see whether the disk works."""
+        if self._file != which_file(self.path):  # somebody has replaced or deleted it
+            self._close()
+        self.sql(f"PRAGMA user_version = {VERSION}")  # a write that changes nothing
+        self.sql("SELECT COUNT(*) FROM turns")
 
-    def keep_phrases(self, language, words):
-        """Keep the line's own words in a language, given as {English: words}."""
-        with self._writing() as database:
-            for phrase in words:
-                database.execute("INSERT INTO phrases VALUES (?, ?, ?) ON CONFLICT"
-                                 " (language, phrase) DO UPDATE SET words = excluded.words",
-                                 [language, phrase, words[phrase]])
-
-    def check(self):
-        """Write and read, to see whether the disk is well; once a second at most, or as soon as
-        somebody asks again after a fault."""
-        asked = time.monotonic()
-        with self._looking:  # only one looks, and those who waited share what was found
-            if self._looked < (asked if self._fault else asked - 1.0):
-                try:
-                    self._fault = self._look()
-                except StoreError as error:
-                    self._fault = str(error)
-                self._looked = time.monotonic()
-            if self._fault:
-                raise sqlite3.OperationalError(self._fault)
-
-    def _look(self):
-        self._idle.clear()  # only a new connection notices that a disk is lost
-        with self._connection() as database:
-            # The argument 1 stops the check at the first fault, which is enough to know.
-            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(verdict)
-        self._end("check")  # no such call, but it writes: or a full disk would pass
-
-    # --- What the methods above share
-
-    def _open_call(self, database, call_sid):
-        """The row of this call, which is made if there is none, and locked for the transaction."""
-        now = time.time()
-        database.execute("INSERT INTO calls (call_sid, began, touched) VALUES (?, ?, ?)"
-                         " ON CONFLICT (call_sid) DO UPDATE SET began = calls.began",  # a lock
-                         [call_sid, now, now])
-        rows = database.execute("SELECT * FROM calls WHERE call_sid = ?", [call_sid])
-        return self._dicts(rows)[0]
-
-    @staticmethod
-    def _last_turn(database, call_sid):
-        return database.execute("SELECT COALESCE(MAX(turn), 0) FROM turns WHERE call_sid = ?",
-                                [call_sid]).fetchone()[0]
-
-    @staticmethod
-    def _insert(database, call_sid, turn, delivery, words, spoke_at, stop=None, guess=0):
-        now = time.time()
-        database.execute("INSERT INTO turns (call_sid, turn, delivery, words, spoke_at, stop,"
-                         " guess, ahead, touched) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                         [call_sid, turn, delivery, words, spoke_at, stop, guess,
-                          now if guess else None, now])
-
-    @staticmethod
-    def _turns_today(database):
-        return database.execute("SELECT COALESCE(SUM(turns), 0) FROM calls WHERE touched > ?",
-                                [time.time() - A_DAY]).fetchone()[0]
-
-    @staticmethod
-    def _dicts(rows):
-        names = [column[0] for column in rows.description]
-        return [dict(zip(names, row)) for row in rows.fetchall()]
+    # --- The database file
+    def sql(self, statement: str, *values: Any) -> Any:
+        """Run one statement. Returns its rows, or how many rows it has changed."""
+        with self.transaction() as database:
+            cursor = database.execute(statement, values)
+            return cursor.fetchall() if cursor.description else cursor.rowcount
 
     @contextlib.contextmanager
-    def _writing(self):
-        """Lend a connection for a transaction that writes: all of it is done, or nothing."""
-        # One thread at a time: SQLite lets threads that wait for each other starve.
-        if not self._one_writer.acquire(timeout=QUEUE_PATIENCE):
-            raise sqlite3.OperationalError("other threads are writing")
+    def transaction(self) -> Iterator[Any]:
+        """Lend the database for one transaction: all of it is stored, or nothing. A transaction
+        within another one is a part of it."""
+        if not self._lock.acquire(timeout=QUEUE_PATIENCE):
+            raise sqlite3.OperationalError("other threads use the database")
         try:
-            with self._connection() as database:
-                # From here to the commit no other process writes. So of two deliveries of the
-                # same words the later one finds the turn of the first.
-                database.execute("BEGIN IMMEDIATE")
-                yield database
-                database.execute("COMMIT")
-        finally:
-            self._one_writer.release()
-
-    @contextlib.contextmanager
-    def _connection(self):
-        """Lend a connection to one thread."""
-        if not self._free.acquire(timeout=LOCK_PATIENCE):
-            raise sqlite3.OperationalError("other threads use all connections")
-        try:
-            file = self._which_file()  # nobody would see what is written to one that was replaced
-            try:
-                connection = self._idle[file].pop()
-            except IndexError:
-                connection, file = self._connect(), self._which_file()
-            try:
-                yield connection
-            except BaseException as error:
-                connection.close()  # when the disk recovers, a new one works; this one may not
-                self._put_aside(file, error)
-                raise
-            self._idle[file].append(connection)
-        finally:
-            self._free.release()
-
-    def _put_aside(self, file, error):
-        """If the file is corrupted, begin a new one. One that has words to be kept stays where it
-        is, for the owner to mend, and calls go on in a file beside it."""
-        if type(error) is not sqlite3.DatabaseError or file != self._which_file():
-            return
-        if self.keep_days and not self.path.endswith(MEANWHILE):
-            log.error("%s is corrupted (%s): mend it, or delete it, and start the line again. "
-                      "Calls go on in %s", self.path, error, self.path + MEANWHILE)
-            self.path += MEANWHILE
-            return
-        log.error("%s is corrupted (%s): calls go on in a new file", self.path, error)
-        with contextlib.suppress(OSError):  # a folder that nobody may write to
-            os.replace(self.path, f"{self.path}.corrupted")
-            for rest in "-wal", "-shm":
-                with contextlib.suppress(OSError):
-                    os.remove(self.path + rest)
-
-    def _which_file(self):
-        """Device and inode of the file, which no other file has; None if there is no file."""
-        with contextlib.suppress(OSError):
-            found = os.stat(self.path)
-            return found.st_dev, found.st_ino
-
-    def _connect(self):
-        with contextlib.suppress(OSError):  # where no folder can be made, SQLite complains next
-            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        file = self._which_file()
-        try:
-            connection = sqlite3.connect(
-                self.path,
-                timeout=LOCK_PATIENCE,
-                isolation_level=None,  # a transaction begins where a BEGIN says so
-                check_same_thread=False)  # one thread after the other uses it
-            # Deleted words are overwritten with zeros, not only marked as deleted.
-            connection.execute("PRAGMA secure_delete = ON")
-            self._make_tables(connection)
-            # Three times as fast. A killed process loses nothing; only a power failure could.
-            connection.execute("PRAGMA synchronous = NORMAL")
-            with contextlib.suppress(sqlite3.OperationalError):
-                # In WAL mode readers don't wait for a writer. The file keeps the mode; a process
-                # that can't change it, as another one uses the file, leaves it to the next.
-                connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.Error as error:
-            self._put_aside(file, error)
-            raise type(error)(f"{error}: {self.path}") from error
-        return connection
-
-    def _empty_log(self, patience=LOCK_PATIENCE):
-        """Empty SQLite's write-ahead log, where deleted words would stay for some time."""
-        self._must_empty_log = True
-        with self._connection() as database:
-            database.execute(f"PRAGMA busy_timeout = {patience * 1000:.0f}")
-            (busy, _, _), = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            database.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000:.0f}")
-        self._must_empty_log = bool(busy)
-        if busy:  # somebody reads, like a backup
-            self._clear_up_later()
-
-    def _clear_up_later(self):
-        """What could not be deleted at the end of a call is tried again until it is, in a thread:
-        no caller waits for that."""
-        def clear_up():
-            while self._to_end or self._must_empty_log:
-                time.sleep(2)  # seconds: soon, and yet no load
-                with contextlib.suppress(StoreError):
-                    for call_sid in list(self._to_end):
-                        self.end(call_sid)
-                    self._empty_log()
-
-        if not self._clearing_up.is_alive():
-            self._clearing_up = threading.Thread(target=clear_up, daemon=True)
-            with contextlib.suppress(RuntimeError):  # the machine has no thread left for this one
-                self._clearing_up.start()
-
-    @staticmethod
-    def _make_tables(connection):
-        """Make the tables in a new file; and anew in one of an older version, since that has only
-        the words of calls that are on."""
-        if connection.execute("PRAGMA user_version").fetchone() != (VERSION,):
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")  # one process makes them, the others wait
-                if connection.execute("PRAGMA user_version").fetchone() != (VERSION,):
-                    # "ended" was a table of an older version.
-                    for table in "ended", "turns", "calls", "phrases":
-                        connection.execute(f"DROP TABLE IF EXISTS {table}")
-                    for statement in SCHEMA.split(";"):
-                        connection.execute(statement)
-                    connection.execute(f"PRAGMA user_version = {VERSION}")
-
-
-# --- Postgres, for several machines ---------------------------------------------------------------
-class PostgresStore(Store):
-    """All calls, in the Postgres at this URL. A process uses at most 8 connections, or as many as
-    the end of the URL says: ``postgres://user:password@host/name?pool_size=20``."""
-
-    def __init__(self, url, keep_days=0):
-        global psycopg  # only those who use Postgres have it
-        import psycopg
-        url, _, size = url.partition("pool_size=")
-        super().__init__(url.rstrip("?&"), keep_days, max(1, int(size or 8) - 1))  # one listens
-        self._listener, self._hears = threading.Thread(), False
-        self._awaited = weakref.WeakValueDictionary()  # an Event for each turn that is waited for
-
-    def wait(self, call_sid, turn, length, seconds):
-        with self._one_writer:
-            if not self._listener.is_alive():  # it ends with its connection, and in a fork
-                self._listener = threading.Thread(target=self._listen, daemon=True)
-                with contextlib.suppress(RuntimeError):  # no thread is left
-                    self._listener.start()
-        if not self._hears:
-            return super().wait(call_sid, turn, length, seconds)
-        news = self._awaited.setdefault(f"{call_sid} {turn}", threading.Event())
-        for row in self.turns(call_sid, turn, turn):  # it may have come before there was an Event
-            if not row["stop"] and len(row["reply"]) == length:
-                news.wait(seconds)
-
-    def _listen(self):
-        self._hears = False  # a pooler lets no news through: nobody relies on it before the first
-        with contextlib.suppress(psycopg.Error), self._connect() as database:
-            for news in database.execute("LISTEN turns").connection.notifies():
-                self._hears = True
-                self._awaited.pop(news.payload, threading.Event()).set()
-
-    def _look(self):
-        self._end("check")  # no such call, but it writes
-
-    def _turns_today(self, database):
-        database.execute("SELECT pg_advisory_xact_lock(1)")  # only one gets the last of the day
-        return super()._turns_today(database)
-
-    @contextlib.contextmanager
-    def _connection(self):
-        try:
-            with super()._connection() as database:
-                yield database
-        except psycopg.Error as error:
-            for idle in self._idle.pop(os.getpid(), []):
-                idle.close()  # the server may have closed it already
-            raise StoreError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
-
-    _which_file = staticmethod(os.getpid)  # whose connections they are: a fork has none at first
-
-    @contextlib.contextmanager
-    def _writing(self):
-        with self._connection() as database, database.transaction():
+            if self._database and self._database.in_transaction:
+                yield self._database
+                return
+            database = self._database or self._open()
+            # From here to the commit no other process writes. So of two deliveries of the same
+            # words, the second one finds the turn of the first.
+            database.execute("BEGIN IMMEDIATE")
             yield database
+            database.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._give_up_on(error)
+            raise type(error)(f"{str(error).partition(': /')[0]}: {self.path}") from error
+        except BaseException:
+            if self._database and self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
+        finally:
+            self._lock.release()
 
-    def _connect(self):
-        # A pooler knows no prepared statements. A server that is silent for 3 s counts as lost.
-        connection = psycopg.connect(
-            self.path, autocommit=True, prepare_threshold=None, connect_timeout=2,
-            keepalives_idle=1, keepalives_interval=1, tcp_user_timeout=3000)
-        execute = connection.execute
-        connection.execute = lambda sql, *values: execute(sql.replace("?", "%s"), *values)
-        # As with SQLite, only a crash of the server itself could lose what was just written.
-        execute(f"SET synchronous_commit = off; SET lock_timeout = {1000 * LOCK_PATIENCE:.0f};"
-                " SET idle_in_transaction_session_timeout = 5000")
-        made = f"SELECT 1 FROM pg_proc WHERE proname = 'voice_line_{VERSION}'"
-        if not execute(made).rowcount and execute("BEGIN; SELECT pg_advisory_xact_lock(1)") and (
-                not execute(made).rowcount):  # one process makes the tables, the others wait
-            execute(f"""{SCHEMA}; CREATE FUNCTION voice_line_{VERSION}() RETURNS trigger AS 'BEGIN
-                PERFORM pg_notify(''turns'', NEW.call_sid || '' '' || NEW.turn); RETURN NULL; END'
-                LANGUAGE plpgsql; CREATE TRIGGER news AFTER UPDATE ON turns FOR EACH ROW
-                WHEN (NEW.reply <> OLD.reply OR NEW.stop <> '')
-                EXECUTE FUNCTION voice_line_{VERSION}()""")
-        connection.commit()
-        return connection
+    def _open(self) -> sqlite3.Connection:
+        """Make the connection of this process, and the tables if there are none."""
+        self._file, folder = which_file(self.path), os.path.dirname(os.path.abspath(self.path))
+        with contextlib.suppress(OSError):  # if there can be no folder, SQLite says so next
+            os.makedirs(folder, exist_ok=True)
+        self._database = database = sqlite3.connect(
+            self.path, timeout=LOCK_PATIENCE,
+            isolation_level=None,  # a transaction begins where we say BEGIN
+            check_same_thread=False)  # the lock lets in one thread at a time
+        database.row_factory = sqlite3.Row
+        database.execute("PRAGMA foreign_keys = ON")
+        # Deleted words are overwritten with zeros, instead of only being marked as deleted.
+        database.execute("PRAGMA secure_delete = ON")
+        # Three times as fast. A killed process loses nothing; only a power failure could.
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("BEGIN IMMEDIATE")  # one process makes the tables, the others wait
+        for statement in SCHEMA.split(";\n"):
+            database.execute(statement)
+        for table, columns in self.extra_tables.items():
+            database.execute(f"CREATE TABLE IF NOT EXISTS {table} (call_sid TEXT NOT NULL"
+                             f" REFERENCES calls ON DELETE CASCADE, {columns})")
+        database.execute(f"PRAGMA user_version = {VERSION}")
+        database.execute("COMMIT")
+        # In WAL mode, a backup that reads the file holds up no call. The file keeps the mode.
+        if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal" and wal_works(folder):
+            with contextlib.suppress(sqlite3.OperationalError):  # in use: the next process does it
+                database.execute("PRAGMA journal_mode = WAL")
+        self._file = which_file(self.path)
+        return database
 
-    def _empty_log(self, patience=0):
-        """How long deleted words stay somewhere is the server's business."""
-        self._must_empty_log = False
+    def _empty_log(self) -> None:
+        with self._lock:
+            if self._database and not self._database.in_transaction:
+                self._database.execute("PRAGMA busy_timeout = 0")  # don't wait for a backup
+                busy = self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                self._database.execute(f"PRAGMA busy_timeout = {1000 * LOCK_PATIENCE:.0f}")
+                self.log_holds_words = bool(busy)  # then the next sweep tries again
+
+    def _give_up_on(self, error: sqlite3.Error) -> None:
+        """Close a connection that failed: as soon as the disk works, a new one will, too. If the
+        file is corrupted, put it aside, and let the calls go on in a new one."""
+        self._close()
+        if type(error) is sqlite3.DatabaseError and self._file == which_file(self.path):
+            log.error("%s is corrupted (%s): calls go on in a new file", self.path, error)
+            for rest in "", "-wal", "-shm":
+                with contextlib.suppress(OSError):  # a folder that nobody may write to
+                    os.replace(self.path + rest, f"{self.path}.corrupted{rest}")
+
+    def _close(self) -> None:
+        if self._database:
+            self._database.close()
+        self._database = None
+
+    def _begin_afresh(self) -> None:
+        """Delete a file of another version. That may cost a call in progress; but if there are
+        words that the owner keeps, it raises a ValueError."""
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(
+                sqlite3.connect(f"file:{self.path}?mode=rw", uri=True)) as database:
+            if database.execute("PRAGMA user_version").fetchone()[0] in (0, VERSION):
+                return
+            if database.execute("SELECT 1 FROM turns WHERE words <> '' AND touched < ?",
+                                [time.time() - TWO_HOURS]).fetchone():
+                raise ValueError(f"{self.path} holds words that another version of this app"
+                                 " keeps. Move it away, or set another DATABASE_URL")
+            os.remove(self.path)
+
+
+def which_file(path: str) -> tuple[int, int] | None:
+    """Device and inode of a file, which no other file has; None if there is none."""
+    found = os.stat(path) if os.path.exists(path) else None
+    return found and (found.st_dev, found.st_ino)
+
+
+def wal_works(folder: str) -> bool:
+    """Whether SQLite's WAL mode works in a folder. On disks that can't share memory, like WSL's
+    /mnt/c, SQLite switches to it all the same, and then can't use the file or switch back."""
+    with contextlib.suppress(sqlite3.Error, OSError):
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, contextlib.closing(
+                sqlite3.connect(f"{scratch}/test.db")) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("CREATE TABLE test (test)")
+            return True
+    return False
+
+
+MARKS = re.compile("[\ue000-\uf8ff]")  # signs of extras, which nobody hears
+
+
+def what_was_heard(turns: list[dict]) -> Iterator[tuple[dict, str, str]]:
+    """Each turn, what the caller heard of its reply, and the rest. Twilio doesn't say when a caller
+    interrupts, so this goes by the time from the moment when Twilio was given the last part until
+    the caller spoke again. When in doubt, all of it was heard."""
+    for turn, later in zip(turns, [*turns[1:], None]):
+        reply, begins, cut = turn["reply"], turn["last_part"], len(turn["reply"])
+        if later and begins is not None:
+            words = list(re.finditer(r"\S+\s*", reply[begins:]))
+            heard = max(0, round((later["spoke_at"] - turn["given_at"]) * SPEAKING_RATE))
+            if heard < len(words) - max(5, len(words) / 4):  # the estimate is no better than that
+                cut = begins + (words[heard - 1].end() if heard else 0)
+        yield turn, MARKS.sub("", reply[:cut]), MARKS.sub("", reply[cut:])

@@ -31,4 +31,5 @@ Tests, all of which ``python -m pytest`` runs:
     test_phone.py            the telephone is as strict as Twilio
     test_claude.py           the pretend Claude is as strict as Anthropic's API
     test_browser.py          the telephone in the browser
+    test_extras.py           each extra can be removed, and a missing one stops the start
 """

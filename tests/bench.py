@@ -2,6 +2,8 @@
 
     python -m tests.bench                         one table, in four minutes
     python -m tests.bench --quick                 a smaller one, in half a minute
+    python -m tests.bench --callers 20,150        with so many callers
+    python -m tests.bench --beside ../old         beside another version of the app, in that folder
     python -m tests.bench --callers-limit 2000    also looks for the most callers that are carried, up to that many
     python -m tests.bench --think-ahead           what THINK_AHEAD gains and costs, in four minutes
     python -m tests.bench --profile               four quick listeners: the CPU of a turn, before and after a change
@@ -408,6 +410,8 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="10 callers, one turn each")
     parser.add_argument("--callers-limit", type=int, metavar="N", help="look for the most callers, up to N: takes long")
+    parser.add_argument("--callers", metavar="N,N", help="how many callers (default: 1,20,150)")
+    parser.add_argument("--beside", metavar="FOLDER", help="compare the app in this folder, instead of not streaming")
     parser.add_argument("--profile", action="store_true", help="24 turns in a minute, to compare the CPU of a turn")
     parser.add_argument("--database", metavar="URL", help="compare this Postgres with SQLite, instead of not streaming")
     parser.add_argument("--think-ahead", action="store_true", help="what THINK_AHEAD gains and costs")
@@ -423,6 +427,8 @@ def main():
         signal.signal(number, leave)
     os.environ["no_proxy"] = "*"  # everything is on this machine
     rounds, rate = [(1, 4), (20, 2), (150, 2)], SPEAKING_RATE  # as many turns as there can be in four minutes
+    if options.callers:
+        rounds = [(int(number), 4 if int(number) < 20 else 2) for number in options.callers.split(",")]
     if options.quick:
         rounds = [(10, 1)]
     if options.profile:
@@ -431,11 +437,15 @@ def main():
     with contextlib.ExitStack() as stack:
         if options.think_ahead:
             lines = [Line(f"THINK_AHEAD={how}", ROOT, IDEAL, stack, THINK_AHEAD=how) for how in ("no", "yes")]
+            if options.beside:
+                lines = [lines[1], Line("the other", options.beside, IDEAL, stack, THINK_AHEAD="yes")]
             return table_ahead(lines, [(10, 1)] if options.quick else [(1, 6), (20, 2), (150, 2)])
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="voice-claude-"))
         pathlib.Path(folder, "app.py").write_text(AWAITED)
         lines = [Line("this line", ROOT, IDEAL, stack)]
-        if options.database:
+        if options.beside:
+            lines.append(Line("the other one", options.beside, IDEAL, stack))
+        elif options.database:
             lines.append(Line("with Postgres", ROOT, IDEAL, stack, DATABASE_URL=options.database))
         else:
             lines.append(Line("not streaming", folder, IDEAL_AWAITED, stack))

@@ -9,11 +9,15 @@ themselves, so that the other tests can count what Claude was asked.
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import importlib
 import multiprocessing
-import shutil
 import os
+import shutil
+import sqlite3
 import threading
 import time
+import types
 
 import pytest
 
@@ -31,8 +35,8 @@ PROXY_ELSEWHERE = "--forwarded-allow-ips=203.0.113.9"
 # What an owner can switch on for Claude to do, all of it.
 OTHER_NUMBER = "+15557770000"  # where calls are handed over to
 EVERYTHING = {
-    "LANGUAGE": "en-US,de-DE",
-    "VOICE": "Polly.Joanna,Polly.Vicki",
+    "LANGUAGES": "en-US,de-DE",
+    "VOICES": "Polly.Joanna,Polly.Vicki",
     "SPEECH_MODEL": "experimental_conversations",
     "WEB_SEARCHES": "2",
     "HAND_OVER_TO": OTHER_NUMBER,
@@ -87,6 +91,40 @@ PROCESSES.set_forkserver_preload([
 ])
 
 meanwhile = pytest.mark.meanwhile  # for a test that takes ``stage`` and nothing else
+
+
+SETTINGS_OF_EXTRAS = ["pin", "memory", "languages", "hand_over", "web_search", "think_ahead", "commands"]
+
+
+def kinds_of_settings():
+    """The dataclasses of settings: the app's own, and those of the extras."""
+    from app import Settings
+
+    return [Settings, *(importlib.import_module(f"extras.{name}").Settings for name in SETTINGS_OF_EXTRAS)]
+
+
+def names_of_settings():
+    return [each.name.upper() for kind in kinds_of_settings() for each in dataclasses.fields(kind)]
+
+
+def read(environ):
+    """All settings, as these environment variables have them."""
+    from app import read_settings
+
+    found = [vars(read_settings(kind, environ)) for kind in kinds_of_settings()]
+    return types.SimpleNamespace(**{name: value for each in found for name, value in each.items()})
+
+
+def let_time_pass(app, seconds, call_sid=None):
+    """Make a call, or all calls, older, as another process can that has the file."""
+    with contextlib.closing(sqlite3.connect(app.database, isolation_level=None, timeout=20)) as database:
+        # Or what is moved inside the file would leave its trace there.
+        database.execute("PRAGMA secure_delete = ON")
+        moments = {"calls": ["began", "ended", "forget_at"], "turns": ["spoke_at", "touched", "given_at"]}
+        for table, columns in moments.items():
+            changes = ", ".join(f"{column} = {column} - {seconds}" for column in columns)
+            done = database.execute(f"UPDATE {table} SET {changes} WHERE call_sid = COALESCE(?, call_sid)", [call_sid])
+            assert table == "turns" or done.rowcount
 
 
 def in_thread(call):
@@ -165,9 +203,11 @@ class Stage:
         """An app with everything switched on, and with tools that a learner has added to it."""
         for name in ("app.py", "conversation.py", "store.py"):
             shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "extras", folder / "extras")
         conversation = folder / "conversation.py"
-        before, first_tool, behind = conversation.read_text().partition("\n@anthropic.beta_tool\n")
-        conversation.write_text(f"{before}\n{OWN_TOOLS}{first_tool}{behind}")
+        before, the_list, behind = conversation.read_text().partition("TOOLS: list = [hang_up, clock")
+        own = ", bus_times, buses_in_town, fail, wait_for"
+        conversation.write_text(f"{before}\n\n{OWN_TOOLS}{the_list}{own}{behind}")
         settings = self.settings(**{**EVERYTHING, **more})
         with App(settings, folder=folder, arguments=arguments) as app:
             yield app
@@ -268,7 +308,7 @@ def unlucky():
     translates nothing before a test has set ``translator`` to a function that does.
     """
     languages = "de-DE,fr-FR,it-IT,es-ES,pt-BR,nl-NL,sv-SE,da-DK"
-    settings = {**EVERYTHING, "LANGUAGE": languages, "VOICE": None, "ALLOWED_CALLERS": None}
+    settings = {**EVERYTHING, "LANGUAGES": languages, "VOICES": None, "ALLOWED_CALLERS": None}
     with Claude() as claude:
         claude.searches = False
         stage = Stage(claude)

@@ -703,7 +703,8 @@ class App:
         if not procfile.exists():
             procfile = ROOT / "Procfile"  # a learner's folder has none yet
         command = shlex.split(procfile.read_text().partition("web:")[2].splitlines()[0])
-        command = [procfile.parent / word if word.startswith(".") else word for word in command]  # gunicorn's own file
+        if "-c" not in command and not pathlib.Path(self.folder, "gunicorn.conf.py").exists():
+            command += ["-c", ROOT / "gunicorn.conf.py"]  # nor that file
         command = [*self.within, sys.executable, "-m", *command]  # gunicorn, of this environment
         address = f"127.0.0.1:{self.port}" if self.inherits is None else f"fd://{self.inherits}"
         bind = f"--bind {address} {self.arguments}"

@@ -1,6 +1,6 @@
 """A Postgres server of the tests' own: a real one, in a temporary folder, on a free port of loopback.
 
-It needs what Debian's package ``postgresql`` installs, and ``pip install 'psycopg[binary]'``. Like those of the
+It needs what Debian's package ``postgresql`` installs, and ``pip install 'psycopg[binary,pool]'``. Like those of the
 platforms it speaks TLS, with a certificate of its own making.
 """
 
@@ -23,7 +23,7 @@ def what_is_missing():
     try:
         import psycopg  # noqa: F401
     except ImportError:
-        return "psycopg is not installed: pip install 'psycopg[binary]'"
+        return "psycopg is not installed: pip install 'psycopg[binary,pool]'"
     return "" if programs() else "no Postgres server is installed: apt-get install postgresql"
 
 

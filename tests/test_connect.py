@@ -148,7 +148,7 @@ def test_a_line_that_would_refuse_calls(owner, command, lines):
     def says_what_to_set(*command):
         there = "TWILIO_AUTH_TOKEN to the token that is set here, and PUBLIC_URL to " + command[-1]
         reason = owner.fails(*command)
-        return reason == f"The line at {command[-1]} refuses calls. Set there {there}"
+        return reason == f"The app at {command[-1]} refuses calls. Set there {there}"
 
     owner.buy(MINE)
     owner.hosts["other.example.com"] = owner.hosts["my-line.example.com"]

@@ -16,7 +16,7 @@ import tempfile
 import pytest
 
 from tests.claude import Reply, Tool
-from tests.conftest import meanwhile, wait_until
+from tests.conftest import let_time_pass, wait_until
 from tests.phone import ROOT
 
 PROVED = "TN-Validation-Passed-A"
@@ -79,12 +79,7 @@ def said_before(claude, words):
 
 def wind_back(app, phone, seconds):
     """Let time pass for this call, as another process sees the file."""
-    with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as database, database:
-        database.execute("PRAGMA secure_delete = ON")
-        done = database.execute(
-            "UPDATE calls SET touched = touched - ? WHERE call_sid = ?", [seconds, phone.call_sid]
-        )
-        assert done.rowcount == 1
+    let_time_pass(app, seconds, phone.call_sid)
 
 
 def everything_in(app):
@@ -239,7 +234,7 @@ def test_after_keep_days_not_a_byte_is_left(call, dial, claude, app, stage):
     call("+15551237008", "What was it?")
     assert said_before(claude, "What was it?")[0] == "Rhubarb and custard.", "ten minutes too early"
     for phone in (old, lost):
-        wind_back(app, phone, KEEP_DAYS * A_DAY + 60)
+        wind_back(app, phone, (KEEP_DAYS + 1) * A_DAY + 2 * 3600 + 60)
     with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as reader:
         reader.execute("BEGIN")
         reader.execute(
@@ -349,126 +344,3 @@ def test_the_owner_reads_what_was_said(call, dial, app):
     assert (listed[over.call_sid]["turns"], listed[on.call_sid]["number"]) == (2, "withheld")
     transcript = rf"{at}  Caller: I am still here\.\n +Claude: You said: I am still here\.\s*"
     assert re.fullmatch(transcript, flask_calls(app, on.call_sid)), "a call that is on can be read"
-
-
-# --- Clocks ---------------------------------------------------------------------------------------
-
-# libfaketime can't leave the monotonic clock alone: Python's sleep then fails. Hence a clock of
-# our own, which moves the time of the day only, by as many seconds as a file says.
-CLOCK = r"""
-#define _GNU_SOURCE
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-
-int clock_gettime(clockid_t which, struct timespec *now) {
-    long failed = syscall(SYS_clock_gettime, which, now), shift = 0;
-    FILE *file = which == CLOCK_REALTIME ? fopen(getenv("CLOCK_SHIFT"), "r") : NULL;
-    if (file && fscanf(file, "%ld", &shift) == 1) now->tv_sec += shift;
-    if (file) fclose(file);
-    return failed;
-}
-"""
-
-
-@meanwhile
-def test_a_clock_that_jumps_by_a_day_ends_no_call_and_forgets_nothing(stage):
-    compiler = shutil.which("cc")
-    if not (compiler and sys.platform == "linux") and not os.environ.get("VOICE_CLAUDE_ALL_TESTS"):
-        pytest.skip("needs Linux, and a compiler for C")
-    with tempfile.TemporaryDirectory() as folder:
-        shift, clock = f"{folder}/shift", f"{folder}/clock.so"
-        subprocess.run(
-            [compiler, "-shared", "-fPIC", "-xc", "-", "-o", clock],
-            input=CLOCK,
-            text=True,
-            check=True,
-        )
-        with stage.other_app(KEEP_DAYS="1", LD_PRELOAD=clock, CLOCK_SHIFT=shift) as app:
-            for number, (name, seconds) in enumerate(
-                {"on": 90000, "back": 0, "further": -90000}.items()
-            ):
-                number = f"+1555123711{number}"
-                the_clock_jumps(
-                    stage, app, number, name, lambda: pathlib.Path(shift).write_text(str(seconds))
-                )
-            the_clock_jumps_and_the_process_dies(
-                stage, app, lambda: pathlib.Path(shift).write_text("0")
-            )
-            the_clock_goes_back_and_the_process_dies(
-                stage, app, lambda: pathlib.Path(shift).write_text("-7200")
-            )
-
-
-def the_clock_jumps(stage, app, number, name, jump):
-    """While one call has ended, one is on, and one hears a reply that is being written."""
-    first, on, listening = (
-        stage.phone(app, number=number + last, StirVerstat=PROVED) for last in "012"
-    )
-    assert first.call() == "Hello, this is Claude speaking!"
-    first.say(f"My clock goes {name}.")
-    first.hang_up()
-    on.call()
-    on.say(f"I am here while it goes {name}.")
-    words = f"Tell me while it goes {name}."
-    story = "This is the first of five sentences. " + "And this is one more of the others. " * 4
-    stage.claude.when(words, Reply(story, pace=20))
-    listening.call()
-    listening.on_hearing = lambda text: len(listening.said) == 2 and jump()
-    assert listening.say(words) == story.strip()
-    listening.on_hearing = None
-    on.say(f"Am I still here after it went {name}?")
-    assert (
-        said_before(stage.claude, f"Am I still here after it went {name}?")[0]
-        == f"I am here while it goes {name}."
-    )
-    again = stage.phone(app, number=first.params["From"], StirVerstat=PROVED)
-    again.call()
-    again.say(f"Where did my clock go, {name}?")
-    assert (
-        said_before(stage.claude, f"Where did my clock go, {name}?")[0] == f"My clock goes {name}."
-    )
-    listening.say(f"Thank you for {name}.", after=len(story.split()) / 2.5)
-    assert said_before(stage.claude, f"Thank you for {name}.")[-1] == story.strip(), (
-        "in doubt the whole was heard"
-    )
-    for phone in (on, listening, again):
-        phone.hang_up()
-        assert phone.warnings == []
-
-
-def the_clock_jumps_and_the_process_dies(stage, app, a_day_on):
-    """A call that is on is known to be on by the next process too."""
-    phone, other = stage.phone(app), stage.phone(app)
-    phone.call()
-    phone.say("I was here yesterday.")
-    a_day_on()
-    other.call()
-    os.kill(*app.workers(), signal.SIGKILL)
-    phone.say("And where am I today?")
-    assert said_before(stage.claude, "And where am I today?")[0] == "I was here yesterday."
-    for one in (phone, other):
-        one.hang_up()
-        assert one.warnings == []
-
-
-def the_clock_goes_back_and_the_process_dies(stage, app, two_hours_back):
-    """What that process was writing is given up, as it is where nobody touches the clock."""
-    words = "Tell me while the clock goes back."
-    stage.claude.when(words, Reply("It goes back, and back. Then", ending="stall"))
-    phone = stage.phone(app)
-    phone.call()
-
-    def on_hearing(text):
-        assert len(phone.said) < 9, "that would go on for an hour"
-        if len(phone.said) == 2:
-            two_hours_back()
-            os.kill(*app.workers(), signal.SIGKILL)
-
-    phone.on_hearing = on_hearing
-    assert phone.say(words).endswith("Could you say that again?")
-    assert [text for text, *_ in phone.said].count("One moment.") < 4
-    phone.hang_up()
-    assert phone.warnings == []

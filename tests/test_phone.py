@@ -436,9 +436,9 @@ def test_what_the_app_complains_of_is_on_the_screen(stage):
     process = telephone(settings=wrong)
     out, _ = process.communicate("Hello there.\n/bye\n", timeout=120)
     assert "AuthenticationError 401" in out and "Booting worker" not in out
-    process = telephone(settings={"ALLOWED_CALLER": "+15551230001"})
+    process = telephone(settings={"LANGUAGE": "en-GB"})
     out, _ = process.communicate("/bye\n", timeout=120)
-    assert "[the app: WARNING ALLOWED_CALLER is not a setting of this line" in out
+    assert "[the app: WARNING LANGUAGE is now called LANGUAGES]" in out
     with folder(SLOW_TO_END.replace("    return '<", "    1 / 0\n    return '<")) as (here, _):
         process = telephone(cwd=here)
         out, _ = process.communicate("", timeout=120)

@@ -182,12 +182,12 @@ def test_a_silent_caller_is_not_apologised_to_for_ever(phone, app):
     phone.press(f"{PIN}#")
     with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as database:
         with database:
-            database.execute("ALTER TABLE calls RENAME TO lost")
+            database.execute("ALTER TABLE pins RENAME COLUMN call_sid TO lost")
         try:
             heard = [phone.stay_silent() for _ in range(3)]
         finally:
             with database:
-                database.execute("ALTER TABLE lost RENAME TO calls")
+                database.execute("ALTER TABLE pins RENAME COLUMN lost TO call_sid")
     assert heard[:2] == [SORRY, SORRY] and phone.ended == "hangup"
 
 

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from store import LOCK_PATIENCE, PostgresStore, StoreError
+from store import LOCK_PATIENCE, NoTurnIsLeft, StoreError
 from tests import test_call, test_hard_to_kill
-from tests.claude import Claude, Reply
+from tests.claude import Claude, Reply, Tool
 from tests.conftest import PROXY, PUBLIC_URL, Stage, cannot_run, in_thread, wait_until
 from tests.phone import App, Phone
 from tests.postgres import PGBOUNCER, Server, what_is_missing
@@ -146,7 +146,7 @@ def test_what_is_over_is_forgotten_on_both(stage):
     phone.say("A marmalade sandwich.")
     assert stage.query("SELECT words FROM turns WHERE call_sid = %s", phone.call_sid) == [("A marmalade sandwich.",)]
     phone.hang_up()
-    assert stage.query("SELECT words FROM turns WHERE call_sid = %s", phone.call_sid) == []
+    assert stage.query("SELECT words, reply FROM turns WHERE call_sid = %s", phone.call_sid) == [("", "")]
     for machine in stage.app.machines:
         late = stage.phone(machine, CallSid=phone.call_sid)
         late.call()
@@ -158,9 +158,9 @@ def test_calls_whose_end_was_never_reported_are_forgotten_after_a_day(stage):
     phone = stage.phone()
     phone.call()
     phone.say("Old marmalade.")
-    stage.query("UPDATE calls SET touched = touched - 86401 WHERE call_sid = %s", phone.call_sid)
+    stage.query("UPDATE calls SET forget_at = forget_at - 7201 WHERE call_sid = %s", phone.call_sid)
     assert healthz(stage.app) == 200
-    assert stage.query("SELECT words FROM turns WHERE call_sid = %s", phone.call_sid) == []
+    assert stage.query("SELECT words, reply FROM turns WHERE call_sid = %s", phone.call_sid) == [("", "")]
 
 
 def test_what_no_text_of_a_postgres_can_hold_is_left_out(stage):
@@ -272,8 +272,12 @@ def test_a_server_that_restarts_or_is_gone_for_five_seconds(stage):
 @pytest.fixture
 def stores(server):
     """Eight stores on one new database, as eight processes have them."""
+    from extras.postgres import PostgresStore
+
     url = server.database()
-    stores = [PostgresStore(f"{url}?pool_size=3", keep_days=1) for _ in range(8)]
+    stores = [PostgresStore(f"{url}?pool_size=3") for _ in range(8)]
+    for store in stores:
+        store.url, store.database = url, url.rpartition("/")[2]
     yield stores
     name = url.rpartition("/")[2]
     server.query(server.url("postgres"), f"DROP DATABASE {name} WITH (FORCE)")
@@ -295,89 +299,110 @@ def together(jobs):
 
 
 def test_eight_processes_at_once_on_a_new_database_and_one_delivery(stores):
-    begun = together([lambda store=store: store.begin("CA1", "the same", "Hello?", 0.0, 100, 9) for store in stores])
-    assert sorted(begun) == [(1, False)] * 7 + [(1, True)]
+    begun = together([lambda store=store: store.turn("CA1", "the same", "Hello?", 0.0, 100, 9) for store in stores])
+    assert [turn for turn, _ in begun] == [1] * 8 and sum(row_id is not None for _, row_id in begun) == 1
     for turn in range(2, 12):  # and in a call that is on already
-        begun = together([lambda store=store: store.begin("CA1", f"{turn}", "And?", 0.0, 100, 99) for store in stores])
-        assert sorted(begun) == [(turn, False)] * 7 + [(turn, True)]
+        begun = together([lambda store=store: store.turn("CA1", f"{turn}", "And?", 0.0, 100, 99) for store in stores])
+        assert [number for number, _ in begun] == [turn] * 8
+        assert sum(row_id is not None for _, row_id in begun) == 1
 
 
 def test_the_last_turns_of_a_day_are_given_once(stores):
-    begun = together([lambda nth=nth: stores[nth % 8].begin(f"CA{nth}", None, "Hello?", 0.0, 100, 5) for nth in range(16)])
-    assert sorted(begun) == [(0, False)] * 11 + [(1, True)] * 5
+    def begin(nth):
+        try:
+            return stores[nth % 8].turn(f"CA{nth}", None, "Hello?", time.time(), 100, 5)[0]
+        except NoTurnIsLeft:
+            return 0
+
+    assert sorted(together([lambda nth=nth: begin(nth) for nth in range(16)])) == [0] * 11 + [1] * 5
 
 
 def test_two_hundred_threads_share_few_connections(server, stores):
     (store, *_), seen = stores, []
-    store.begin("CA1", None, "Hello?", 0.0, 100, 9)
+    _, row_id = store.turn("CA1", None, "Hello?", 0.0, 100, 9)
     look = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
-    name = store.path.rpartition("/")[2]
     with ThreadPoolExecutor(200) as threads:
-        grown = [threads.submit(store.grow, "CA1", 1, "a") for _ in range(600)]
-        seen.append(server.query(server.url("postgres"), look, [name])[0][0])
+        grown = [threads.submit(store.grow, row_id, "a") for _ in range(600)]
+        seen.append(server.query(server.url("postgres"), look, [store.database])[0][0])
         assert all(one.result() for one in grown)
-    seen.append(server.query(server.url("postgres"), look, [name])[0][0])
+    seen.append(server.query(server.url("postgres"), look, [store.database])[0][0])
     assert 1 <= max(seen) <= 3
-    (row,) = store.turns("CA1", 1, 1)
+    (row,) = store.turns("CA1")
     assert row["reply"] == "a" * 600
 
 
-def test_who_waits_for_another_process_is_told_of_news_and_of_nothing_else(server, stores):
+def test_who_waits_for_another_process_sees_news_soon(stores):
+    def until(store, heard):
+        while len((row := store.wait("CA1", 1, heard))["reply"]) <= heard:
+            pass
+        return row
+
     here, there, *_ = stores
-    here.begin("CA1", None, "Hello?", 0.0, 100, 9)
-    here.begin("CA2", None, "Hello?", 0.0, 100, 9)
-
-    def hears():
-        """The first news shows that there is no pooler between."""
-        there.grow("CA2", 1, "News. ")
-        began = time.monotonic()
-        here.wait("CA1", 1, 0, 0.3)
-        return time.monotonic() - began > 0.2
-
-    wait_until(hears)
-    told = threading.Event()
-    waits = in_thread(lambda: here.wait("CA1", 1, 0, 60.0) or told.set() or time.monotonic())
-    there.grow("CA2", 1, "More news of another call. ")
-    there.grow("CA1", 1, "")
-    assert not told.wait(0.5), "a sign of life is no news"
-    there.grow("CA1", 1, "Hello. ")
-    assert told.wait(20)
-    waits()
-    began = time.monotonic()
-    here.wait("CA1", 1, 0, 60.0)
-    assert time.monotonic() - began < 30, "what is there already is not waited for"
-    # Without news, as behind a pooler, it looks again soon.
-    server.query(here.path, "DROP TRIGGER news ON turns")
-    began = time.monotonic()
-    stores[2].wait("CA1", 1, 7, 60.0)
-    assert time.monotonic() - began < 30
+    _, row_id = here.turn("CA1", None, "Hello?", 0.0, 100, 9)
+    waits = in_thread(lambda: until(there, 0))
+    here.grow(row_id, "")
+    here.grow(row_id, "Hello. ")
+    assert waits()["reply"] == "Hello. "
+    waits = in_thread(lambda: until(here, 7))
+    there.grow(row_id, "And more. ")
+    assert waits()["reply"] == "Hello. And more. "
 
 
 def test_whoever_holds_a_call_holds_nobody_up_for_long(server, stores):
     import psycopg
 
-    stores[0].begin("CA1", None, "Hello?", 0.0, 100, 9)
-    with contextlib.closing(psycopg.connect(stores[0].path)) as other:
-        other.execute("SELECT * FROM calls FOR UPDATE")
+    stores[0].turn("CA1", None, "Hello?", 0.0, 100, 9)
+    with contextlib.closing(psycopg.connect(stores[0].url)) as other:
+        other.execute("SELECT * FROM turns FOR UPDATE")
         began = time.monotonic()
         with pytest.raises(StoreError, match="LockNotAvailable"):
-            stores[0].begin("CA1", None, "And now?", 0.0, 100, 9)
+            stores[0].turn("CA1", None, "And now?", 0.0, 100, 9)
         assert LOCK_PATIENCE / 2 < time.monotonic() - began < 30
-        assert stores[0].begin("CA2", None, "Another call.", 0.0, 100, 9) == (1, True)
-    assert stores[0].begin("CA1", None, "And now?", 0.0, 100, 9) == (2, True)
+        assert stores[0].turn("CA2", None, "Another call.", 0.0, 100, 9)[0] == 1
+    assert stores[0].turn("CA1", None, "And now?", 0.0, 100, 9)[0] == 2
 
 
-def test_a_caller_is_known_again_and_forgotten(stores):
-    here, there, *_ = stores
-    for call_sid in ("CA1", "CA2"):
-        here.keep_caller(call_sid, "+15551230001", True)
-        here.begin(call_sid, None, f"Hello from {call_sid}.", 0.0, 100, 9)
-    assert [turn["words"] for turn in there.earlier("CA2", 9)] == ["Hello from CA1."]
-    there.forget_caller("CA2", 1)
-    assert here.earlier("CA2", 9) == [] and here.turns("CA1", 1, 9) == []
-    there.keep_phrases("de-DE", {"Goodbye!": "Tschüss!"})
-    there.keep_phrases("de-DE", {"Goodbye!": "Auf Wiederhören!"})
-    assert here.phrases("de-DE") == {"Goodbye!": "Auf Wiederhören!"}
+# --- Extras on a Postgres -------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_is_known_again_and_forgotten(stage):
+    proved = {"StirVerstat": "TN-Validation-Passed-A"}
+    stage.claude.when("[The call of now begins.] Forget me.", Reply("Well.", blocks=[Tool("forget_me")], then=Reply("Forgotten.")))
+    with stage.other_app(KEEP_DAYS="3", DATABASE_URL=stage.server.database()) as app:
+        for words, before in ("I am Bo.", 0), ("Who am I then?", 2), ("Forget me.", 4), ("And who am I now?", 0):
+            phone = stage.phone(app, **proved)
+            phone.call()
+            phone.say(words)
+            phone.hang_up()
+            sent = next(one for one in stage.claude.requests if one.words.endswith(words)).messages
+            assert len(sent) == before + 1, words
+            assert phone.warnings == []
+        assert "Traceback" not in app.log()
+
+
+def test_a_call_in_another_language(stage):
+    settings = {"LANGUAGES": "de-DE", "GREETING": "Guten Tag!", "DATABASE_URL": stage.server.database()}
+    with stage.other_app(**settings) as app:
+        phone = stage.phone(app)
+        phone.call()
+        phone.stay_silent()
+        wait_until(lambda: phone.webhook("/talking") == "de-DE: Are you still there?")
+        assert "Traceback" not in app.log()
+
+
+def test_a_guess_comes_true_on_the_other_machine(stage):
+    stage.claude.when("who is there at last", Reply(STORY, first_token=0.3, pace=40))
+    url = stage.server.database()
+    with contextlib.ExitStack() as stack:
+        one, other = (stack.enter_context(stage.other_app(THINK_AHEAD="yes", DATABASE_URL=url)) for _ in range(2))
+        phone = stage.phone(one)
+        phone.call()
+        phone.partial_result("who is there at last", 1)
+        wait_until(lambda: stage.claude.asked("who is there at last"))
+        phone.url = other.url
+        assert phone.say("Who is there at last?") == STORY
+        assert not stage.claude.asked("Who is there at last?")
+        assert "Traceback" not in one.log() + other.log()
 
 
 # --- The start ----------------------------------------------------------------------------------------------------------
@@ -389,19 +414,27 @@ def test_without_psycopg_the_start_says_how_to_install_it(tmp_path):
     with pytest.raises(RuntimeError) as did_not_start:
         app.start()
     (line,) = [line for line in str(did_not_start.value).splitlines() if "psycopg" in line]
-    assert line.startswith("Voice Claude can't start: ") and "pip install 'psycopg[binary]'" in line
+    assert line.startswith("Voice Claude can't start: ") and "pip install 'psycopg[binary,pool]'" in line
     assert "Traceback" not in str(did_not_start.value) and "secret" not in str(did_not_start.value)
 
 
 def test_the_log_names_the_database_without_its_password(stage):
-    at = stage.database.partition("@")[2]
-    assert f"database postgres://{at}, " in stage.app.log().replace("postgresql://", "postgres://")
+    assert f"database postgres://127.0.0.1/{stage.database.rpartition('/')[2]}, " in stage.app.log()
     assert "secret" not in stage.app.log()
 
 
-@pytest.mark.parametrize("url", ["postgres://h/d?pool_size=0", "postgres://h/d?pool_size=20&sslmode=require", "postgres://"])
-def test_a_url_that_cannot_be_used_is_refused(url):
-    from app import Settings
+@pytest.mark.parametrize("url", ["postgres://h/d?pool_size=0", "postgres://h/d?pool_size=many", "postgres://app:s%zzsecret@h/d",
+                                 "postgres://app:se/secret@h/d", "postgres://app:a@secret@h/d", "postgres://h:secret/d"])
+def test_a_url_that_cannot_be_used_is_refused(stage, url):
+    with pytest.raises(RuntimeError) as did_not_start:
+        stage.other_app(DATABASE_URL=url).start()
+    assert "Voice Claude can't start: DATABASE_URL takes postgres://" in str(did_not_start.value)
+    assert "Traceback" not in str(did_not_start.value) and "secret" not in str(did_not_start.value)
 
-    with pytest.raises(ValueError, match="DATABASE_URL takes "):
-        Settings({"DATABASE_URL": url})
+
+def test_options_may_stand_anywhere_in_the_url(stage):
+    for options in "?pool_size=2&sslmode=require", "?sslmode=require&pgbouncer=true&pool_size=2":
+        with stage.other_app(DATABASE_URL=stage.database + options) as app:
+            phone = stage.phone(app)
+            phone.call()
+            assert phone.say("Is it encrypted?") == "You said: Is it encrypted?"

@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import time
 
-from store import Store
+import contextlib
 from tests.claude import Reply, Tool
 from tests.conftest import TOKEN, meanwhile, wait_until
 from tests.test_hard_to_kill import healthz
@@ -41,7 +41,10 @@ def written(stage, words):
 
 def kept(app, call_sid):
     """The rows of a call, and of nothing else."""
-    return Store(app.database).turns(call_sid, 1, 1000)
+    with contextlib.closing(sqlite3.connect(app.database, timeout=20)) as database:
+        database.row_factory = sqlite3.Row
+        return database.execute("SELECT * FROM turns WHERE call_sid IN (?, ?) AND words <> '' ORDER BY id",
+                                [call_sid, call_sid + "~"]).fetchall()
 
 
 def logged(app, phone):
@@ -355,7 +358,7 @@ def test_off_it_asks_for_nothing_and_takes_nothing(stage):
     phone = stage.phone()
     phone.call()
     assert not phone.partial_results_url() and "after" not in phone.gather["action"]
-    assert phone.partial_result("it is off here", 1, "https://line.example.com/listening?after=0") == 204
+    assert phone.partial_result("it is off here", 1, "https://line.example.com/listening?after=0") == 404
     time.sleep(A_WHILE)
     assert not stage.claude.asked("it is off here")
     with sqlite3.connect(stage.app.database) as database:
@@ -363,12 +366,11 @@ def test_off_it_asks_for_nothing_and_takes_nothing(stage):
     database.close()
 
 
-def test_it_is_off_by_default_and_where_claude_may_search():
-    from app import Settings
-
-    assert Settings({"THINK_AHEAD": "yes"}).think_ahead is True
-    for environ in {}, {"THINK_AHEAD": "no"}, {"THINK_AHEAD": "yes", "WEB_SEARCHES": "1"}:
-        assert Settings(environ).think_ahead is False
+def test_it_is_off_where_claude_may_search(stage):
+    with stage.other_app(THINK_AHEAD="yes", WEB_SEARCHES="1") as app:
+        phone = caller(stage, app)
+        assert not phone.partial_results_url()
+        assert "think_ahead (off, because of WEB_SEARCHES)" in app.log()
 
 
 # --- Several processes ----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ TROUBLE = {
     "long limit": (Reply(status=429, retry_after="60"), SORRY, r"RateLimitError 429 rate_limit_error, request req_\w+"),
     "not JSON": (Reply(body=b"<html>502 Bad Gateway</html>"), SORRY, r"EOFError, request req_pretend_\d+"),
     "half an event": (Reply(body=b'event: message_start\ndata: {"type": \n\n'), SORRY, r"JSONDecodeError, request req_\w+"),
-    "cut in mid-reply": (Reply(BEGUN, ending="cut"), f"{BEGUN} {SORRY}", r"(Read|RemoteProtocol)Error, request req_\w+"),
+    "cut in mid-reply": (Reply(BEGUN, ending="cut"), f"{BEGUN} {SORRY}", r"(Read|RemoteProtocol)Error \(\w+\), request req_\w+"),
     "closed in mid-reply": (Reply(BEGUN, ending="close"), f"{BEGUN} {SORRY}", r"EOFError, request req_pretend_\d+"),
     "error in mid-reply": (
         Reply(BEGUN, error="overloaded_error"), f"{BEGUN} {SORRY}", r"APIStatusError 200 overloaded_error, request req_\w+"
@@ -145,8 +145,8 @@ def test_without_a_key_the_line_says_so_and_repeats_what_it_hears(stage):
 
 @meanwhile
 def test_model_effort_prompt_and_greeting_are_settings(stage):
-    settings = dict(CLAUDE_MODEL="claude-haiku-4-5", CLAUDE_EFFORT="", SYSTEM_PROMPT="Be a pirate.", GREETING="Ahoy!")
-    settings.update(VOICE="Polly.Amy-Neural", LANGUAGE="en-GB", ALLOWED_CALLERS="+15551230001")
+    settings = dict(CLAUDE_MODEL="claude-haiku-4-5", CLAUDE_EFFORT="none", SYSTEM_PROMPT="Be a pirate.", GREETING="Ahoy!")
+    settings.update(VOICES="Polly.Amy-Neural", LANGUAGES="en-GB", ALLOWED_CALLERS="+15551230001")
     with stage.other_app(**settings) as app:
         phone = stage.phone(app)
         assert phone.call() == "Ahoy!"
