@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -71,8 +72,7 @@ def talking():
         delivery = request.headers.get("I-Twilio-Idempotency-Token") or None
         # When the caller began: words take time, and so does the pause after them; a key doesn't.
         took = 0.0 if "Digits" in request.values else PAUSE + len(words.split()) / FAST
-        spoke_at = g.get("spoke_at") or time.time() - took  # an extra may know it better
-        turn = call.caller_said(words, delivery, spoke_at)
+        turn = call.caller_said(words, delivery, g.get("spoke_at", time.time() - took))
     text, stop = call.reply(turn, heard, number_in_url("waited"))
     if stop is None or len(text) > LONGEST_ANSWER:
         return say_and_come_back(turn, heard, text[:LONGEST_ANSWER])
@@ -148,10 +148,10 @@ TOMORROW = Phrase("This line has talked so much today that it has to rest. Pleas
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
 # How a reply can end (its ``stop``, up to a colon), and what the caller hears then, given the last
 # part of the reply, whether Claude said anything at all, and the turn. All other ends are trouble:
-# the name of an error, or "stalled" and "lost" (conversation.py), or "overtaken", "hung up" and
-# "forgotten" (store.py), for which nobody waits any more.
+# an error's name, "stalled", "lost", and those of which nobody hears: "overtaken", "hung up".
 ENDINGS: dict[str, Callable] = {
-    "end_turn": lambda text, spoke, turn: say_and_listen(text, "" if spoke else NO_ANSWER),
+    "end_turn": lambda text, spoke, turn: say_and_listen(text),
+    "end_turn without words": lambda text, spoke, turn: say_and_listen(text, NO_ANSWER),
     "max_tokens": lambda text, spoke, turn: say_and_listen(text, GO_ON),
     "refusal": lambda text, spoke, turn: say_and_listen(text, REFUSED),
     "hang_up": lambda text, spoke, turn: goodbye(text if spoke else GOODBYE),
@@ -164,12 +164,10 @@ FAST = 3.0  # words a second of a quick caller: in doubt nobody has interrupted
 # (https://www.twilio.com/docs/voice/twiml/say). An emoji becomes 12, so 375 characters always fit.
 # A piece ends with a sentence, or at least with a word.
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
-# A document takes 64 kB. 8000 characters of 5 bytes ("&amp;") are 40 kB, with room for the tags.
-LONGEST_ANSWER = 8000
-# If no process answers, for example during a deploy, Twilio tries again, 5 times at most
-# (https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides). The same delivery is
-# the same turn. 8 s (``rt``) are more than an answer takes; of Twilio's 15 s they leave another
-# process 7 s, enough for the 6 s of PATIENCE.
+LONGEST_ANSWER = 8000  # characters; a document takes 64 kB, and "&" has 5 bytes: "&amp;"
+# If no process answers, as during a deploy, Twilio tries 5 times more, for 15 s in all: for 8 s
+# (``rt``) at one process, which leaves another one the 6 s of PATIENCE.
+# https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides
 RETRIES = "rc=5&rp=5xx,ct,rt&rt=8000"
 EARS = dict(
     input="speech dtmf", method="POST",
@@ -183,8 +181,7 @@ BEFORE_LISTENING: list[Callable] = []  # functions that may change a <Gather> be
 
 
 def say_and_listen(*texts, silences: int = 0):
-    """Say something, and let the caller speak or press a key. ``silences`` is how often in a row
-    the caller was silent before."""
+    """Say something, and listen. ``silences``: how often in a row the caller was silent before."""
     response, says = VoiceResponse(), line.speak(*texts)
     # "auto": the first pause ends the words. A SPEECH_MODEL wants seconds instead. With neither of
     # them, Twilio would wait 5 s more.
@@ -207,7 +204,7 @@ def are_you_there():
 
 
 def sorry():
-    """Apologise, and listen. On a phone that is off the hook, the apologies must end some time."""
+    """Apologise, and listen; but not for ever, on a phone that is off the hook."""
     silences = number_in_url("silences")
     return goodbye() if silences > len(ARE_YOU_THERE) else say_and_listen(SORRY, silences=silences)
 
@@ -331,8 +328,8 @@ def page(base: str):
     A call comes in         {base}/#{RETRIES}
     Primary handler fails   {base}/talking#{RETRIES}
     Call status changes     {base}/status_callback#{RETRIES}\n"""
-    for name in "TWILIO_AUTH_TOKEN", "ANTHROPIC_API_KEY":
-        text += "" if getattr(settings, name.lower()) else f"\n{name} is not set yet.\n"
+    text += "" if settings.twilio_auth_token else "\nTWILIO_AUTH_TOKEN is not set yet.\n"
+    text += "" if line.claude else "\nANTHROPIC_API_KEY is not set yet.\n"
     return app.response_class(text, mimetype="text/plain")
 
 
@@ -343,18 +340,18 @@ def announce() -> None:
              "%d a day, extras: %s", settings.claude_model, settings.claude_effort, line.store.name,
              callers, settings.max_turns, settings.max_turns_a_day,
              ", ".join(line.extras) or "none")
-    for name, so in [("TWILIO_AUTH_TOKEN", "no call is answered"),
-                     ("ANTHROPIC_API_KEY", "the line repeats what it hears"),
-                     ("ALLOWED_CALLERS", "whoever dials the number talks at your expense")]:
-        if not getattr(settings, name.lower()) and not (name == "ALLOWED_CALLERS" and line.locked):
-            log.warning("%s is not set: %s", name, so)
+    if not settings.twilio_auth_token:
+        log.warning("TWILIO_AUTH_TOKEN is not set: no call is answered")
+    if not line.claude:
+        log.warning("ANTHROPIC_API_KEY is not set: the line repeats what it hears")
+    if not settings.allowed_callers and not line.locked:
+        log.warning("ALLOWED_CALLERS is not set: whoever dials the number talks at your expense")
 
 
 # --- Settings -------------------------------------------------------------------------------------
 def setting(default: Any, pattern: str, takes: str, clean: Callable = str, make: Callable = str):
-    """A field of a dataclass of settings: the environment variable with the same name in capitals.
-    ``takes`` says in words what the pattern accepts. ``clean`` prepares a value for the pattern,
-    and ``make`` makes the field's value of it. Empty means unset."""
+    """A field of a dataclass: the environment variable with the same name in capitals. ``takes``
+    says what the pattern accepts; ``clean`` works before it, ``make`` after it. Empty is unset."""
     return field(default=default, metadata=dict(
         pattern=pattern, takes=takes, clean=clean, make=make))
 
@@ -373,8 +370,10 @@ def read_settings(kind: Any, environ: Any) -> Any:
 
 
 def plain_number(written: str) -> str:
-    """A phone number, or several, without what people write between the digits."""
-    return re.sub(r"\(0\)|[ ()./-]", "", written)
+    """A phone number, or several, without blanks, hyphens and invisible characters of all kinds."""
+    text = unicodedata.normalize("NFKC", written).replace("(0)", "")
+    return "".join(each for each in text if each not in "()./\u2212"
+                   and unicodedata.category(each) not in ("Zs", "Cc", "Cf", "Pd"))
 
 
 OFF = ("", "no", "0")  # values that leave an optional feature off
@@ -384,6 +383,8 @@ NUMBER = r"\+[1-9][0-9]{6,14}"  # as Twilio writes one (https://www.itu.int/rec/
 WITHHELD = {"+266696687", "+2562533", "+7378742833", "+86282452253", "+8656696"}
 # A value in quotes, or "...", was pasted by mistake: no pattern accepts it.
 TEXT = r"""(?s)(?!(["']).*\1$).*\w.*""", "words, without quotes around them"
+KEY = r"(?!.*\.\.)[\w.:~+/-]+=*", "the key as you got it"
+ADDRESS = r"https?://(\w[\w.-]*|\[[\da-f:]+])(:\d+)?(/[\w./~%-]*)?", "an address: https://host/path"
 SQLITE = "sqlite:/// and the path of a file, without ~"
 COUNT = r"0*[1-9]\d{0,8}", "a whole number, 1 or more"
 SYSTEM_PROMPT = """\
@@ -403,10 +404,11 @@ for the whole call."""
 @dataclass(frozen=True)
 class Settings:
     """The environment variables that every phone line has. Extras declare their own."""
-    anthropic_api_key: str = setting("", r"(?!.*\.\.)[\w.~+/-]{7,}=*", "the key as you got it")
+    anthropic_api_key: str = setting("", *KEY)
+    anthropic_auth_token: str = setting("", *KEY)  # for a gateway that calls its key a token
+    anthropic_base_url: str = setting("https://api.anthropic.com", *ADDRESS)
     twilio_auth_token: str = setting("", r"[\w-]+", "the token as Twilio shows it")
-    public_url: str = setting("", r"https?://\w[\w.-]*(:\d+)?(/[\w./~%-]*)?",
-                              "an address: https://host/path", lambda value: value.rstrip("/"))
+    public_url: str = setting("", *ADDRESS, lambda value: value.rstrip("/"))
     claude_model: str = setting("claude-haiku-5-5", r"[\w.:/@-]+", "the name of a model")
     claude_effort: str = setting("low", "none|low|medium|high|xhigh|max",
                                  "none, low, medium, high, xhigh or max")
@@ -424,12 +426,15 @@ class Settings:
 
 # --- The start ------------------------------------------------------------------------------------
 STORES: dict[str, Callable] = {"sqlite": Store}  # by the scheme of DATABASE_URL
-
 if __name__ == "__main__":
     sys.exit("Start Voice Claude with: gunicorn app:app")
 try:
     settings: Settings = read_settings(Settings, os.environ)
-    line = Line(settings, speak=say)
+    try:
+        line = Line(settings, speak=say)
+    except Exception as error:  # in what the HTTP client reads for itself; it may quote a secret
+        names = [name for name in os.environ if re.search("(?i)_proxy$|^ssl_cert", name)]
+        raise ValueError(f"{type(error).__name__} because of {' or '.join(names)}") from None
     if os.path.isdir(os.path.join(app.root_path, "extras")):
         import extras
         extras.activate(line)

@@ -39,8 +39,8 @@ MOST_WAITS = 9  # times "One moment." in a row, after which nothing more will co
 
 @dataclass
 class Conversation:
-    """The conversation between one caller and Claude, as the webhooks use it. If Claude fails, the
-    reply says so; if the database fails, these methods raise StoreError."""
+    """The conversation between one caller and Claude, as the webhooks use it. If the database
+    fails, its methods raise StoreError."""
     call_sid: str
     line: "Line"
 
@@ -55,9 +55,9 @@ class Conversation:
         return turn
 
     def reply(self, turn: int, heard: int = 0, waited: int = 0) -> tuple[str, str | None]:
-        """Wait for more of a reply than the ``heard`` characters that the caller has heard, or for
-        its end, but not longer than PATIENCE. ``waited`` is how often in a row nothing came.
-        Returns the new text, and how the reply ended (``stop``), or None if more may come."""
+        """Wait for more of a reply than the ``heard`` characters that Twilio has, or for its end,
+        at most for PATIENCE. ``waited``: how often in a row nothing came. Returns the new text, and
+        how the reply ended (``stop``), or None if more may come."""
         until, store = time.monotonic() + PATIENCE, self.line.store
         while row := store.wait(self.call_sid, turn, heard):
             if row["stop"] or len(row["reply"]) > heard or time.monotonic() >= until:
@@ -74,7 +74,7 @@ running = threading.local()  # in a tool's thread: ``running.writer`` is the Wri
 
 
 class Ending(str):
-    """A tool returns this to end the reply: it is its ``stop``."""
+    """A tool returns this to end the reply: it is the ``stop``."""
 
 
 @anthropic.beta_tool
@@ -103,13 +103,11 @@ MAX_TOKENS = 2000  # for one answer: ten minutes of talk. Thinking counts too, s
 MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, in case a server never stops; a token has 4 or 5
 MOST_ROUNDS = 6  # of tools in one reply: enough for any errand, and an end to running in circles
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
-# While the caller listens, let tokens gather for GATHER seconds, then read for READ seconds: to
-# wake up for every token takes twice the CPU.
-GATHER, READ = 0.25, 0.05
+GATHER, READ = 0.25, 0.02  # seconds, in turns, while the caller listens: it halves the CPU
 
 
 class CallerGone(Exception):
-    """Nobody waits for this reply any more: the caller has hung up, or has gone on."""
+    """Nobody waits for this reply any more: the caller has hung up or gone on."""
 
 
 # Claude, the network or the store failed, an answer makes no sense, or the caller is gone. All
@@ -164,7 +162,7 @@ class Writer:
         turns = self.line.store.turns(self.call_sid, self.row_id)
         messages = as_messages(self.line.history(self.call_sid, turns))
         for choice in [anthropic.omit] * MOST_ROUNDS + [{"type": "none"}]:  # none: end in words
-            blocks, stop = self.ask(messages, choice)
+            before, (blocks, stop) = self.kept, self.ask(messages, choice)
             if stop not in ("tool_use", "pause_turn"):
                 break
             # Claude's blocks go back unchanged, except for empty texts, which the API refuses.
@@ -178,7 +176,8 @@ class Writer:
                 results.append({"type": "tool_result", "tool_use_id": block["id"],
                                 "content": result, "is_error": failed})
             messages += [{"role": "user", "content": results}] if results else []
-        return stop
+        no_words = stop == "end_turn" and self.kept == before and not speakable(self.unfinished)
+        return "end_turn without words" if no_words else stop
 
     def ask(self, messages: list, tool_choice: Any, attempt: int = 0) -> tuple[list[dict], str]:
         """Ask Claude. If that fails before the caller has heard or missed anything, ask again."""
@@ -262,8 +261,8 @@ class Writer:
         """Append the words of a text to the reply; with ``stop``, the reply ends there. Raises
         CallerGone and StoreError."""
         words, tokens = speakable(text), (self.tokens_in, self.tokens_out)
-        added = self.mark + words + " " if words else self.mark
-        if (words or stop) and not self.line.store.grow(self.row_id, added, stop, *tokens):
+        text = self.mark + words + " " * bool(words)
+        if (words or stop) and not self.line.store.grow(self.row_id, text, stop, *tokens):
             raise CallerGone
         if words:
             self.kept, self.mark, now = self.kept + 1, "", time.monotonic()
@@ -295,8 +294,7 @@ class Writer:
 
 
 def drain(body: Iterator[bytes]) -> None:
-    """Read a response to its end, so that its connection can be used again. Some servers leave it
-    open, so nobody waits for this for long."""
+    """Read a response to its end, so that its connection can be used again, if it has an end."""
     with contextlib.suppress(Exception):
         list(body)
 
@@ -378,15 +376,16 @@ class Line:
 
     def __init__(self, settings: Any, speak: Callable):
         self.settings, effort = settings, {"effort": settings.claude_effort}
+        key = settings.anthropic_api_key or settings.anthropic_auth_token
         # A new connection costs 100 ms. The SDK closes one after 5 s, before the caller has
         # listened and spoken; 120 s outlast any turn.
         limits = httpx2.Limits(max_keepalive_connections=100, keepalive_expiry=120)
         self.claude: Any = anthropic.Anthropic(
-            api_key=settings.anthropic_api_key,
+            api_key=key, base_url=settings.anthropic_base_url,
             http_client=anthropic.DefaultHttpxClient(limits=limits),
             timeout=httpx2.Timeout(SENTENCE_TIMEOUT, connect=5.0),  # PATIENCE allows a second try
             max_retries=0,  # the SDK's own retries wait for as long as a ``retry-after`` says
-        ) if settings.anthropic_api_key else None
+        ) if key else None
         self.request = dict(  # what all requests to Claude have in common
             model=settings.claude_model, max_tokens=MAX_TOKENS, system=settings.system_prompt,
             output_config=effort if settings.claude_effort != "none" else anthropic.omit,
@@ -403,24 +402,25 @@ class Line:
 SENTENCE_END = re.compile(
     r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
     [.!?…][.!?…"'”’)\]*_]{0,9}(?=\s) | [。！？।؟] | \n""", re.VERBOSE)
+MARKUP = r"(?s)<(function_calls|invoke|thinking|antml:\w+)\b"  # strays into the text sometimes
+UNCLOSED = re.compile(MARKUP + r"(?:(?!</\1>).)*\Z|\[[^\[\]]{0,300}\Z")  # or [a link](...)
 SHORTEST_SENTENCE = 12  # like "Well, hello.": it takes a second to say, and more must come by then
 LONGEST_SENTENCE = 300  # 20 seconds of talk; then the cut is made between two words
 
 
 def end_of_sentences(text: str) -> int:
     """Where the last complete sentence of a text ends; 0 if there is none yet."""
+    text = UNCLOSED.sub("", text)
     end = max((sentence.end() for sentence in SENTENCE_END.finditer(text)), default=0)
-    if text.rfind("[", 0, end) > text.rfind("]", 0, end):
-        end = 0  # in the middle of [a link](...)
     if len(text) - end > LONGEST_SENTENCE:
         between_words = text.rfind(" ", end + SHORTEST_SENTENCE)
         end = len(text) if between_words == -1 else between_words + 1
     return end if end >= SHORTEST_SENTENCE else 0
 
 
-# What a voice would read out as noise, and its replacement, in this order. Each pattern takes time
-# in proportion to the text, whatever the text is.
+# What a voice would read out as noise, and its replacement, in this order; all in linear time.
 UNSPEAKABLE = [
+    (MARKUP + r".*?(?:</\1>|\Z)", ""),
     (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; its lines stay
     (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the one under the head of a table
     (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link: its words stay,

@@ -208,26 +208,25 @@ class Store:
     def sweep(self) -> None:
         """Delete the words of every call whose time has come, and what is left of it a day later:
         until then its turns count for ``turns_today``."""
-        over, now = list(self._over), time.time()
-        with self.transaction():
-            for call_sid in over:
-                self.sql("UPDATE calls SET ended = ?, forget_at = ? WHERE call_sid = ? AND ended IS"
-                         " NULL", now, now + self.begin(call_sid)["keep"], call_sid)
-                self.sql("UPDATE turns SET stop = 'hung up' WHERE call_sid = ? AND stop IS NULL",
-                         call_sid)
-            due = "forgotten = 0 AND forget_at <= ?"
-            if self.sql(f"SELECT 1 FROM calls WHERE {due} LIMIT 1", now):
-                theirs = f"WHERE call_sid IN (SELECT call_sid FROM calls WHERE {due})"
+        over, now, due = list(self._over), time.time(), "forgotten = 0 AND forget_at <= ?"
+        if over or self.sql(f"SELECT 1 FROM calls WHERE {due} OR forgotten = 1 AND forget_at <= ?"
+                            " LIMIT 1", now, now - A_DAY):
+            theirs = f"WHERE call_sid IN (SELECT call_sid FROM calls WHERE {due})"
+            with self.transaction():
+                for call_sid in over:
+                    self.sql("UPDATE calls SET ended = ?, forget_at = ? WHERE call_sid = ? AND"
+                             " ended IS NULL", now, now + self.begin(call_sid)["keep"], call_sid)
+                    self.sql("UPDATE turns SET stop = 'hung up' WHERE call_sid = ? AND stop IS"
+                             " NULL", call_sid)
                 self.sql("UPDATE turns SET words = '', reply = '', stop = 'forgotten' " + theirs,
                          now)
                 for table in self.extra_tables:
                     self.sql(f"DELETE FROM {table} {theirs}", now)
                 self.sql(f"UPDATE calls SET forgotten = 1 WHERE {due}", now)
-                self.log_holds_words = True
-            if self.sql("DELETE FROM calls WHERE forgotten = 1 AND forget_at <= ?", now - A_DAY):
-                self.log_holds_words = True
-        self._over.difference_update(over)
-        if self.log_holds_words:  # SQLite's write-ahead log, where they would stay for some time
+                self.sql("DELETE FROM calls WHERE forgotten = 1 AND forget_at <= ?", now - A_DAY)
+            self._over.difference_update(over)
+            self.log_holds_words = True  # SQLite's write-ahead log: they would stay for some time
+        if self.log_holds_words:
             self._empty_log()
 
     def check(self) -> None:
@@ -240,33 +239,39 @@ class Store:
     # --- The database file
     def sql(self, statement: str, *values: Any) -> Any:
         """Run one statement. Returns its rows, or how many rows it has changed."""
-        with self.transaction() as database:
+        with self._lend() as database:
             cursor = database.execute(statement, values)
             return cursor.fetchall() if cursor.description else cursor.rowcount
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Any]:
-        """Lend the database for one transaction: all of it is stored, or nothing. A transaction
-        within another one is a part of it."""
-        if not self._lock.acquire(timeout=QUEUE_PATIENCE):
-            raise sqlite3.OperationalError("other threads use the database")
-        try:
-            if self._database and self._database.in_transaction:
-                yield self._database
+        """Lend the database for several statements: either all of them are stored or none. A
+        transaction within another one is a part of it."""
+        with self._lend() as database:
+            if database.in_transaction:
+                yield database
                 return
-            database = self._database or self._open()
             # From here to the commit no other process writes. So of two deliveries of the same
             # words, the second one finds the turn of the first.
             database.execute("BEGIN IMMEDIATE")
-            yield database
-            database.execute("COMMIT")
+            try:
+                yield database
+                database.execute("COMMIT")
+            except BaseException:
+                if self._database and database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _lend(self) -> Iterator[Any]:
+        """Lend the database to one thread at a time."""
+        if not self._lock.acquire(timeout=QUEUE_PATIENCE):
+            raise sqlite3.OperationalError("other threads use the database")
+        try:
+            yield self._database or self._open()
         except sqlite3.Error as error:
-            self._give_up_on(error)
+            self._give_up_on(error)  # which rolls back
             raise type(error)(f"{str(error).partition(': /')[0]}: {self.path}") from error
-        except BaseException:
-            if self._database and self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            raise
         finally:
             self._lock.release()
 

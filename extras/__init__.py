@@ -24,7 +24,7 @@ In app.py:
     setting, read_settings  an extra declares its settings in a dataclass of its own
     STORES                  {scheme of DATABASE_URL: a class like Store} (postgres)
     app.cli                 commands for the terminal (commands)
-    g.spoke_at              when the caller began to speak, if an extra knows (think_ahead)
+    g.spoke_at              when the caller began to speak, if an extra knows better (think_ahead)
     g.stranger              set while it isn't known who calls: don't spend money (pin)
 In conversation.py:
     TOOLS                   a list of tools. An entry may be a function that returns a tool for this

@@ -65,17 +65,18 @@ def activate(line) -> None:
 
     def dial(text: str, heard: bool, turn: int):
         """Say something, and dial the person. /hand_over says what that person hears first."""
-        # The <Dial> needs the number of a telephone to call from: ours, or else the caller's.
-        both = [request.values.get(end, "") for end in ("To", "From")]
-        numbers = sorted((each for each in both if re.fullmatch(NUMBER, each)),
-                         key=lambda each: each == who_calls())
-        if not numbers:
+        # The call to the person comes from our number, or without a callerId from the caller's. If
+        # neither is a number, Twilio would end the call (error 13214).
+        both = {request.values.get("To", ""), request.values.get("From", "")}
+        ours = next((each for each in both - {who_calls()} if re.fullmatch(NUMBER, each)), None)
+        if not ours and not re.fullmatch(NUMBER, who_calls()):
+            log.warning("call %s: there is no number to hand it over from", request.values["CallSid"])
             return say_and_listen(text, NOBODY_TOOK_IT)
         response = VoiceResponse()
         response.verbs += line.speak(text if heard else HANDING_OVER)
         # The caller hears it ring, as the call isn't bridged before somebody answers.
         dialled = response.dial(action=url("handed_over"), method="POST", timeout=RING,
-                                caller_id=numbers[0], answer_on_bridge=True)
+                                caller_id=ours, answer_on_bridge=True)
         ask = url("take_call", call_sid=request.values["CallSid"], turn=turn)
         dialled.number(number, url=ask, method="POST")
         return str(response), TWIML

@@ -140,6 +140,8 @@ class PostgresStore(Store):
                 self._pool.check()  # after a restart of the server no connection is any good
             raise StoreError(explain(error)) from None
 
+    _lend = transaction  # type: ignore[assignment]
+
     def begin(self, call_sid: str):
         with self.transaction() as database:  # one request at a time for each call
             database.execute("SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", [call_sid])

@@ -7,7 +7,7 @@ Programs, each of which also runs on its own:
     python -m tests.claude   a pretend Claude: answers the line as Anthropic's API does
     python -m tests.bench    measures how long callers wait, and what a turn costs
 
-In steps/ are the sixteen programs of the README's tutorial.
+In steps/ are the sixteen programs of the README's tutorial, in sse/ are streams as gateways send them.
 
 Tests, all of which ``python -m pytest`` runs:
 
@@ -31,5 +31,7 @@ Tests, all of which ``python -m pytest`` runs:
     test_phone.py            the telephone is as strict as Twilio
     test_claude.py           the pretend Claude is as strict as Anthropic's API
     test_browser.py          the telephone in the browser
+    test_gateways.py         gateways between the app and Claude, and proxies
+    test_disks.py            disks on which SQLite's WAL mode doesn't work
     test_extras.py           each extra can be removed, and a missing one stops the start
 """

@@ -251,11 +251,12 @@ def percentile(values, share):
 
 # --- Thinking ahead ---------------------------------------------------------------------------------------------------
 
-A_WORD, SILENCE = 0.3, 1.0  # seconds: a partial result each, and from the last one to Twilio's request
+# Seconds: a partial result each, give or take the second number; and from the last one to Twilio's request.
+A_WORD, JITTER, SILENCE = 0.3, 0.0, 1.0
 WRONG = 10  # of so many turns one ends otherwise than its last partial result says
 
 
-def speak(url, token, number, dials_after, turns, rate):
+def speak(url, token, number, dials_after, turns, rate, partials=(A_WORD, JITTER)):
     """One caller whose words Twilio reports while they are spoken.
 
     Returns:
@@ -270,7 +271,7 @@ def speak(url, token, number, dials_after, turns, rate):
             time.sleep(person.uniform(*THINKING) / 2)
             as_guessed, so_far = (number * turns + turn) % WRONG != WRONG // 2, len(phone.said)
             words = f"what about {number} and {turn}"
-            phone.speak(words, A_WORD, 0)
+            phone.speak(words, partials[0], 0, partials[1])
             silent_since = time.monotonic()
             time.sleep(SILENCE)
             heard = phone.say(words if as_guessed else f"{words} of them")
@@ -284,10 +285,10 @@ def speak(url, token, number, dials_after, turns, rate):
     return found, None
 
 
-def let_speak(tells, url, token, claude_url, numbers, apart, turns, rate):
+def let_speak(tells, url, token, claude_url, numbers, apart, turns, rate, partials):
     """Like ``let_call``, for such callers. Tells what each of them went through."""
     calls = []
-    arguments = [(url, token, number, number * apart, turns, rate) for number in numbers]
+    arguments = [(url, token, number, number * apart, turns, rate, partials) for number in numbers]
     callers = [threading.Thread(target=lambda one=one: calls.append(speak(*one)), daemon=True) for one in arguments]
     for caller in callers:
         caller.start()
@@ -296,10 +297,10 @@ def let_speak(tells, url, token, claude_url, numbers, apart, turns, rate):
     tells.send(calls)
 
 
-def measure_ahead(lines, callers, turns):
+def measure_ahead(lines, callers, turns, partials):
     """Let so many people call each of these lines at once. Returns a row of figures for each line, by their names."""
     parts, apart = min(os.cpu_count() or 1, math.ceil(callers / MOST_TO_A_PROCESS)), CYCLE / max(20, callers)
-    jobs = [(line.app.url, line.app.token, line.claude_url, range(part, callers, parts), apart, turns, SPEAKING_RATE)
+    jobs = [(line.app.url, line.app.token, line.claude_url, range(part, callers, parts), apart, turns, SPEAKING_RATE, partials)
             for part in range(parts) for line in lines]
     before = [(line.used()[0], len(line.app.log())) for line in lines]
     results, measured = in_processes(jobs, CYCLE + 60 * (turns + 1), let_speak), []
@@ -325,13 +326,13 @@ def measure_ahead(lines, callers, turns):
     return measured
 
 
-def table_ahead(lines, rounds):
+def table_ahead(lines, rounds, partials):
     """Measure with THINK_AHEAD and without, and print it as it comes."""
     row("", [line.name for line in lines], ["", ""])
     for callers, turns in rounds:
         row(f"callers: {callers}, turns: {callers * turns}; milliseconds")
         groups = [lines] if callers <= 20 else [[line] for line in lines]
-        measured = [one for group in groups for one in measure_ahead(group, callers, turns)]
+        measured = [one for group in groups for one in measure_ahead(group, callers, turns, partials)]
         for name in measured[0]:
             row(f"  {name}", [one[name] for one in measured])
 
@@ -415,6 +416,8 @@ def main():
     parser.add_argument("--profile", action="store_true", help="24 turns in a minute, to compare the CPU of a turn")
     parser.add_argument("--database", metavar="URL", help="compare this Postgres with SQLite, instead of not streaming")
     parser.add_argument("--think-ahead", action="store_true", help="what THINK_AHEAD gains and costs")
+    parser.add_argument("--partials", type=float, default=A_WORD, help="seconds between two partial results")
+    parser.add_argument("--jitter", type=float, default=JITTER, help="seconds that they come earlier or later")
     options = parser.parse_args()
     leaving = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -439,7 +442,8 @@ def main():
             lines = [Line(f"THINK_AHEAD={how}", ROOT, IDEAL, stack, THINK_AHEAD=how) for how in ("no", "yes")]
             if options.beside:
                 lines = [lines[1], Line("the other", options.beside, IDEAL, stack, THINK_AHEAD="yes")]
-            return table_ahead(lines, [(10, 1)] if options.quick else [(1, 6), (20, 2), (150, 2)])
+            rounds = rounds if options.quick or options.callers else [(1, 6), (20, 2), (150, 2)]
+            return table_ahead(lines, rounds, (options.partials, options.jitter))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="voice-claude-"))
         pathlib.Path(folder, "app.py").write_text(AWAITED)
         lines = [Line("this line", ROOT, IDEAL, stack)]

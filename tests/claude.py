@@ -152,6 +152,8 @@ class Reply:
         ending: after the last block, "cut" the connection, "close" it cleanly without the closing
             events, "stall", or "ping" once a second for ever. Or "reset" the connection before
             there is any answer.
+        after: after the complete stream, what some gateways do: "error" sends an error event, "hold"
+            leaves the connection open for 20 seconds, "ping" sends pings meanwhile.
         body: answers 200 with these bytes and nothing else.
     """
 
@@ -167,6 +169,7 @@ class Reply:
     retry_after: str | None = None
     error: str | None = None
     ending: str | None = None
+    after: str | None = None
     body: bytes | None = None
 
 
@@ -674,6 +677,12 @@ class _Handler(BaseHTTPRequestHandler):
             "message_delta", delta=delta, usage={"output_tokens": message["usage"]["output_tokens"]}
         )
         self.event("message_stop")
+        if reply.after == "error":
+            self.event("error", error={"type": "api_error", "message": "pretend trouble"})
+        while reply.after in ("hold", "ping") and time.monotonic() < self.asked.at + 20:
+            if reply.after == "ping":
+                self.event("ping")
+            time.sleep(0.5)
         self.wfile.write(b"0\r\n\r\n")
 
     def speak(self, text, pace, index):

@@ -27,6 +27,7 @@ import http.client
 import math
 import os
 import pathlib
+import random
 import re
 import secrets
 import select
@@ -205,15 +206,15 @@ class Phone:
             time.sleep(max(0.0, asked - time.monotonic()))
         return self._turn(self._fetch, *self._action(), {"SpeechResult": words, "Confidence": "0.9"}, token)
 
-    def speak(self, words, pace=0.3, pause=1.0):
-        """Say words, one in ``pace`` seconds, and then nothing for ``pause`` seconds.
+    def speak(self, words, pace=0.3, pause=1.0, jitter=0.0):
+        """Say words, one in ``pace`` seconds, give or take ``jitter``, and then nothing for ``pause`` seconds.
 
         Twilio reports meanwhile what it has understood so far, and waits for no answer to that. What the line makes of
         the whole is what ``say`` returns, after this.
         """
         words, url = words.split(), self.partial_results_url()
         for number in range(1, len(words) + 1):
-            time.sleep(pace)
+            time.sleep(max(0.0, pace + random.uniform(-jitter, jitter)))
             so_far = " ".join(words[:number]), number, url
             threading.Thread(target=self.partial_result, args=so_far, daemon=True).start()
         time.sleep(pause)
@@ -335,7 +336,10 @@ class Phone:
                 self.gather, self._after_gather = dict(verb.attrib), verbs[position + 1 :]
                 for nested in verb:
                     self._say(nested, cut_in=True) if nested.tag == "Say" else None
-                return None
+                if "-" in verb.get("language", "en-US"):
+                    return None
+                self.warned(f"13331: language={verb.get('language')!r} has no region")
+                self.gather = None  # nobody is heard: Twilio goes on behind it
             self.params["CallStatus"] = "in-progress"
         return None
 
@@ -349,6 +353,8 @@ class Phone:
             own, caller = caller, own
         self.dialled.append({**verb.attrib, "Number": to})
         status, sid = DIALLED[self.handed_over], "CA" + secrets.token_hex(16)
+        if not re.fullmatch(r"\+[1-9][0-9]{6,14}", verb.get("callerId", caller)):
+            raise TwilioError(13214, f"callerId={verb.get('callerId', caller)!r} is not a phone number")
         if verb.get("callerId", own) != own:
             self.warned(f"13214: callerId={verb.get('callerId')!r} is not the line's own")
             status = "failed"

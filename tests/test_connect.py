@@ -88,6 +88,12 @@ def test_ring_makes_the_line_call_someone(owner):
     assert owner.done == [("Calls.json", {"from": MINE, "to": A_FRIEND, **urls})]
 
 
+def test_ring_reads_a_number_as_the_settings_do(owner):
+    owner.buy(MINE)
+    owner.types("ring", "+1 (555)\u00a0765\u20114321", ADDRESS, ALLOWED_CALLERS=A_FRIEND)
+    assert owner.done[0][1]["to"] == A_FRIEND
+
+
 def test_ring_calls_nobody_the_line_would_hang_up_on(owner):
     owner.buy(MINE)
 

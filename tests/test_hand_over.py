@@ -155,6 +155,26 @@ def test_a_call_that_the_line_has_made_is_handed_over_too(able, stage, claude):
     assert phone.dialled[0]["callerId"] == LINE and phone.warnings == []
 
 
+@pytest.mark.parametrize("number, line, caller_id", [
+    ("sip:ann@example.com", LINE, LINE), ("client:ann", LINE, LINE), ("whatsapp:+15551230001", LINE, LINE),
+    ("+15551230009", "sip:line@example.com", None), ("client:ann", "", "nobody"), ("sip:ann@example.com", "client:me", "nobody")])
+def test_a_caller_without_a_number_is_handed_over_from_ours(stage, claude, number, line, caller_id):
+    claude.when("Put me through from there.", puts_through())
+    with stage.other_app(HAND_OVER_TO=OTHER_NUMBER) as app:
+        phone = stage.phone(app, number=number, To=line)
+        phone.call()
+        kind = number.partition(":")[0]
+        assert f"begins, with {'...009' if number.startswith('+') else f'a {kind} address'}" in app.log()
+        heard = phone.say("Put me through from there.")
+        assert phone.warnings == [] or caller_id is None
+        if caller_id == "nobody":
+            assert heard.endswith(NOBODY) and phone.dialled == [] and not phone.ended
+            assert "no number to hand it over from" in app.log()
+        else:
+            assert phone.dialled[0].get("callerId") == caller_id
+        phone.hang_up()
+
+
 def test_nobody_but_twilio_is_told_the_reason(able, able_phone, stage, claude):
     claude.when("A secret, please.", puts_through())
     able_phone.call()

@@ -207,6 +207,21 @@ def test_a_strange_caller_id_is_warned_of_and_nobody_is_called():
         assert "DialCallStatus=failed" in server.asked[-1][2]
 
 
+@pytest.mark.parametrize("caller_id", ["sip:bo@example.com", "", "whatsapp:+15551112222"])
+def test_a_caller_id_that_is_no_number_ends_the_call(caller_id):
+    verbs = DIAL.replace("+15550009999", caller_id)
+    with Script({"/": twiml(verbs), "/after": twiml("")}) as (_, phone):
+        phone.call()
+        assert "13214" in phone.ended and phone.other_person is None
+
+
+def test_a_language_without_a_region_is_not_listened_for():
+    verbs = '<Gather input="speech" language="de"><Say>Hallo?</Say></Gather><Say>Nobody.</Say><Hangup/>'
+    with Script({"/": twiml(verbs)}) as (_, phone):
+        assert phone.call() == "Hallo? Nobody." and phone.ended == "hangup"
+        assert phone.warnings[0].startswith("13331")
+
+
 @pytest.mark.parametrize("answer", [(500, {}, ""), twiml("<Dial>+15557770000</Dial>")])
 def test_who_cannot_be_asked_is_not_connected(answer):
     with Script({"/": twiml(DIAL), "/whisper": answer, "/after": twiml("")}) as (server, phone):

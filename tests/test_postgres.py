@@ -432,6 +432,18 @@ def test_a_url_that_cannot_be_used_is_refused(stage, url):
     assert "Traceback" not in str(did_not_start.value) and "secret" not in str(did_not_start.value)
 
 
+def test_a_password_is_never_logged_whatever_is_in_it(stage):
+    for password in "se%40cret%25word", "se%2Fcret%3Fword":
+        url = f"postgres://claude:{password}@127.0.0.1:1/calls"
+        with stage.other_app(DATABASE_URL=url) as app:
+            phone = stage.phone(app)
+            phone.call()
+            assert phone.say("Hello?") == SORRY
+            assert "ERROR the database failed: OperationalError" in app.log()
+            assert "database postgres://127.0.0.1/calls, " in app.log()
+            assert "cret" not in app.log()
+
+
 def test_options_may_stand_anywhere_in_the_url(stage):
     for options in "?pool_size=2&sslmode=require", "?sslmode=require&pgbouncer=true&pool_size=2":
         with stage.other_app(DATABASE_URL=stage.database + options) as app:

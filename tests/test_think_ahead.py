@@ -3,11 +3,14 @@ hears of that, and what must never come of a wrong guess."""
 
 import os
 import pathlib
+import re
 import signal
 import sqlite3
 import time
 
 import contextlib
+import pytest
+
 from tests.claude import Reply, Tool
 from tests.conftest import TOKEN, meanwhile, wait_until
 from tests.test_hard_to_kill import healthz
@@ -221,6 +224,19 @@ def test_when_claude_fails_for_a_guess_it_is_asked_again(stage):
     phone.partial_result("what went wrong here")
     written(stage, "what went wrong here")
     assert phone.say("What went wrong here?") == "You said: What went wrong here?"
+
+
+@pytest.mark.parametrize("pace, jitter", [(0.15, 0.0), (0.45, 0.0), (0.3, 0.1), (0.35, 0.1)])
+def test_no_guess_is_wasted_while_the_caller_speaks(stage, pace, jitter):
+    words = f"please tell me at {pace} and {jitter} whatever you know"
+    phone = caller(stage)
+    phone.speak(words, pace, 0, jitter)
+    guessed(stage, words)
+    assert phone.say(words.capitalize() + "?") == f"You said: {words}"
+    assert not stage.claude.asked(words.capitalize() + "?")
+    log = logged(line(stage), phone)
+    assert any(re.search(r"the last partial result came \d+ ms before Twilio asked", text) for text in log)
+    assert words not in line(stage).log()
 
 
 # --- Partial results that Twilio doesn't promise to send well ---------------------------------------
