@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ log = logging.getLogger("voice-claude")
 
 # --- The conversation -----------------------------------------------------------------------------
 PATIENCE = 6.0  # seconds until "One moment.": Twilio waits 15, and a start of the app may take 4
-SENTENCE_TIMEOUT = 30.0  # seconds for the next sentence: the caller has heard four fillers by then
+TIMEOUT = 30.0  # seconds for the next sentence: the caller has heard four fillers by then
 STALLED = 10.0  # seconds without a sign of life, after which the process that wrote a reply is dead
 MOST_WAITS = 9  # times "One moment." in a row, after which nothing more will come
 
@@ -120,16 +121,15 @@ class Writer:
     """Writes Claude's reply to one turn, in a thread of its own. The text is in the store."""
 
     unfinished = mark = ""  # the beginning of a sentence; a sign that an extra puts before it
-    kept = written = 0  # sentences that are stored; characters of the present answer
-    tokens_in, tokens_out, trouble = 0, 0, ""  # trouble: why the end could not be stored
-    first_ms = request_id = None
+    kept = written = tokens_in = tokens_out = 0  # stored sentences; characters of this answer
+    first_ms, request_id, trouble = None, None, ""  # trouble: why the end could not be stored
 
     def __init__(self, line: "Line", call_sid: str, turn: int, row_id: int):
         self.line, self.call_sid, self.row_id = line, call_sid, row_id
         self.name = f"call {call_sid} turn {turn}"  # for the log
         offered = [tool() if inspect.isfunction(tool) else tool for tool in TOOLS]
         self.tools = {getattr(tool, "name", "") or tool["name"]: tool for tool in offered if tool}
-        self.began = self.last_sentence = time.monotonic()
+        self.began, self.deadline = time.monotonic(), time.monotonic() + TIMEOUT
 
     def write(self) -> None:
         """Write the reply to its end. The row and the log say how it went."""
@@ -144,9 +144,8 @@ class Writer:
                 log.exception("%s", self.name)
         for _ in range(2):
             try:
-                self.keep(self.unfinished, stop)
-                break
-            except CallerGone:  # how the reply ended is stored already
+                with contextlib.suppress(CallerGone):  # how the reply ended is stored already
+                    self.keep(self.unfinished, stop)
                 break
             except StoreError as error:
                 self.trouble = f", and the database failed: {error}"
@@ -213,7 +212,7 @@ class Writer:
                     self.tokens_in += sum(n or 0 for name, n in counts.items() if "input" in name)
                 elif kind == "content_block_start":
                     block = blocks[event["index"]] = event["content_block"]
-                    self.last_sentence = time.monotonic()  # a search may take long
+                    self.deadline = time.monotonic() + TIMEOUT  # a search may take long
                     if block["type"].endswith("tool_use") and self.unfinished:
                         self.keep(self.unfinished)  # the caller hears it while the tool runs
                         self.unfinished = ""
@@ -225,9 +224,7 @@ class Writer:
                     stop = stop or event["delta"].get("stop_reason")
                     self.tokens_out += (event.get("usage") or {}).get("output_tokens") or 0
                 elif kind == "message_stop":
-                    rest = threading.Thread(target=drain, args=[body], daemon=True)
-                    rest.start()
-                    rest.join(0.2)  # seconds
+                    drain(response.http_response, body)
                     break
                 elif kind == "error":
                     raise anthropic.APIStatusError("", response=response.http_response, body=event)
@@ -241,8 +238,8 @@ class Writer:
         for piece in body:
             if self.row_id not in store.growing:
                 raise CallerGone
-            if time.monotonic() > self.last_sentence + SENTENCE_TIMEOUT:
-                raise TimeoutError  # bytes may come, but no end of a sentence
+            if time.monotonic() > self.deadline or self.written > MOST_CHARACTERS:
+                raise TimeoutError  # bytes may come, but no end of a sentence, or no end at all
             yield piece
             if self.kept > kept and time.monotonic() > until and self.row_id not in store.awaited:
                 time.sleep(GATHER)
@@ -251,11 +248,9 @@ class Writer:
     def add(self, text: str) -> None:
         """Take in what Claude wrote, and keep the sentences that are complete."""
         self.unfinished, self.written = self.unfinished + text, self.written + len(text)
-        if self.written > MOST_CHARACTERS:
-            raise TimeoutError
         if end := end_of_sentences(self.unfinished):
             self.keep(self.unfinished[:end])
-            self.unfinished, self.last_sentence = self.unfinished[end:], time.monotonic()
+            self.unfinished, self.deadline = self.unfinished[end:], time.monotonic() + TIMEOUT
 
     def keep(self, text: str, stop: str | None = None) -> None:
         """Append the words of a text to the reply; with ``stop``, the reply ends there. Raises
@@ -286,17 +281,21 @@ class Writer:
             thread.join(SIGN_OF_LIFE)
             if self.row_id not in self.line.store.growing:
                 raise CallerGone
-        self.last_sentence = time.monotonic()
+        ended = time.monotonic()
+        self.deadline = ended + TIMEOUT
         result, how = results[0] if results else ("too slow", "too slow")
-        ms = 1000 * (self.last_sentence - began)
-        log.info("%s: tool %s %d ms, %s", self.name, name, ms, how)
+        log.info("%s: tool %s %d ms, %s", self.name, name, 1000 * (ended - began), how)
         return result, how != "ok"
 
 
-def drain(body: Iterator[bytes]) -> None:
-    """Read a response to its end, so that its connection can be used again, if it has an end."""
-    with contextlib.suppress(Exception):
+def drain(response: httpx2.Response, body: Iterator[bytes]) -> None:
+    """Read a response to its end, so that its connection can be used again; but only for 0.2 s."""
+    connection = response.extensions["network_stream"].get_extra_info("socket")
+    timer = threading.Timer(0.2, connection.shutdown, [socket.SHUT_RDWR])
+    timer.start()
+    with contextlib.suppress(httpx2.HTTPError, OSError):
         list(body)
+    timer.cancel()
 
 
 def grow_block(block: dict, delta: dict) -> None:
@@ -363,12 +362,10 @@ def describe(error: BaseException) -> str:
     """An error and its cause for the log, without their messages, which may quote the caller."""
     if isinstance(error, anthropic.APIStatusError):
         return f"{type(error).__name__} {error.status_code} {error.type}"
-    if not isinstance(error, anthropic.APIConnectionError | httpx2.HTTPError):
-        return type(error).__name__
-    cause: BaseException = error
-    while earlier := cause.__cause__ or cause.__context__:
+    cause, is_network = error, isinstance(error, anthropic.APIConnectionError | httpx2.HTTPError)
+    while is_network and (earlier := cause.__cause__ or cause.__context__):
         cause = earlier
-    return f"{type(error).__name__} ({type(cause).__name__})"
+    return type(error).__name__ + f" ({type(cause).__name__})" * is_network
 
 
 class Line:
@@ -383,7 +380,7 @@ class Line:
         self.claude: Any = anthropic.Anthropic(
             api_key=key, base_url=settings.anthropic_base_url,
             http_client=anthropic.DefaultHttpxClient(limits=limits),
-            timeout=httpx2.Timeout(SENTENCE_TIMEOUT, connect=5.0),  # PATIENCE allows a second try
+            timeout=httpx2.Timeout(TIMEOUT, connect=5.0),  # PATIENCE allows a second try
             max_retries=0,  # the SDK's own retries wait for as long as a ``retry-after`` says
         ) if key else None
         self.request = dict(  # what all requests to Claude have in common
@@ -402,15 +399,15 @@ class Line:
 SENTENCE_END = re.compile(
     r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
     [.!?…][.!?…"'”’)\]*_]{0,9}(?=\s) | [。！？।؟] | \n""", re.VERBOSE)
-MARKUP = r"(?s)<(function_calls|invoke|thinking|antml:\w+)\b"  # strays into the text sometimes
-UNCLOSED = re.compile(MARKUP + r"(?:(?!</\1>).)*\Z|\[[^\[\]]{0,300}\Z")  # or [a link](...)
+MARKUP = r"(?s)<(function_calls|invoke|thinking|antml:\w+)\b.*?(</\1>|\Z)"  # strays into the text
+NO_END_IN = re.compile(MARKUP + r"|\[[^\[\]]{0,300}\Z")  # nor in [a link](...) that has just begun
 SHORTEST_SENTENCE = 12  # like "Well, hello.": it takes a second to say, and more must come by then
 LONGEST_SENTENCE = 300  # 20 seconds of talk; then the cut is made between two words
 
 
 def end_of_sentences(text: str) -> int:
     """Where the last complete sentence of a text ends; 0 if there is none yet."""
-    text = UNCLOSED.sub("", text)
+    text = NO_END_IN.sub(lambda found: "_" * len(found[0]) if found[2] else "", text)
     end = max((sentence.end() for sentence in SENTENCE_END.finditer(text)), default=0)
     if len(text) - end > LONGEST_SENTENCE:
         between_words = text.rfind(" ", end + SHORTEST_SENTENCE)
@@ -420,7 +417,7 @@ def end_of_sentences(text: str) -> int:
 
 # What a voice would read out as noise, and its replacement, in this order; all in linear time.
 UNSPEAKABLE = [
-    (MARKUP + r".*?(?:</\1>|\Z)", ""),
+    (MARKUP, ""),
     (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; its lines stay
     (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the one under the head of a table
     (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link: its words stay,

@@ -181,6 +181,7 @@ class Store:
                                call_sid, turn):
             row, left = rows[0], until - time.monotonic()
             if row["stop"] or len(row["reply"]) > heard or left <= 0:
+                self.awaited.pop(row["id"], None)
                 return row
             if news := self.awaited.get(row["id"]):
                 news.wait(left if row["id"] in self.growing else min(left, LOOK_AGAIN))

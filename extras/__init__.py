@@ -13,10 +13,11 @@ In app.py:
                             ``before_request`` hooks run after the signature check, in the order of
                             EXTRAS; one that returns an answer ends the request (pin). With
                             ``url_defaults`` and ``url_value_preprocessor`` a call carries a value
-                            through its URLs (languages). Endpoints are called "twilio.talking" etc.
+                            through its URLs (languages); the latter runs before the signature
+                            check, so it must never raise. Endpoints are "twilio.talking" etc.
     ENDINGS                 {how a reply ended: a function that answers Twilio}, given the text to
-                            say, whether the caller has heard any of the reply, and the number of
-                            the turn (hand_over)
+                            say, whether Claude said anything at all, and the number of the turn
+                            (hand_over)
     Phrase                  a str that the app says in its own name, and that languages translates
     BEFORE_LISTENING        functions that may change a <Gather> before it is sent (think_ahead)
     NOT_THE_CALLER          endpoints of requests that don't come from the caller's phone. They skip
@@ -25,11 +26,11 @@ In app.py:
     STORES                  {scheme of DATABASE_URL: a class like Store} (postgres)
     app.cli                 commands for the terminal (commands)
     g.spoke_at              when the caller began to speak, if an extra knows better (think_ahead)
-    g.stranger              set while it isn't known who calls: don't spend money (pin)
+    g.stranger              set until the caller has keyed in the PIN: spend no money (pin)
 In conversation.py:
     TOOLS                   a list of tools. An entry may be a function that returns a tool for this
-                            call, or None; it runs during the request, so it may look at it
-                            (web_search). A running tool finds its Writer in ``running.writer``
+                            call, or None. It may look at ``flask.request`` (web_search). A running
+                            tool finds its Writer in ``running.writer``
     Ending                  what a tool returns to end the reply (hand_over)
     Writer                  writes a reply; subclass it for another kind of reply (think_ahead).
                             ``writer.mark`` is one character from U+E000 to U+F8FF, put before the
@@ -37,11 +38,13 @@ In conversation.py:
     line.speak              makes <Say>s of texts (languages)
     line.history            chooses, and may change, the turns that Claude is sent (memory)
     line.pause_after        says whether and when a failed request is made again (web_search)
+    line.settings, .claude, .store, .extras  what all calls share; the store is set last
     line.locked             set it if strangers can't talk with Claude (pin)
 In store.py:
     Store.extra_tables      tables whose rows belong to a call, and are deleted with its words
     store.sql, .transaction for SQL of your own. It is a part of the core's transaction if there is
-                            one. Write ``?`` for values, in Postgres too
+                            one. For Postgres, too: ``?`` for values only, no ``%``, and columns
+                            of a row by their names
     store.log_holds_words   set it when you delete words, and ``sweep`` empties the log they are in
 """
 

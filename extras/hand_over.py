@@ -70,7 +70,7 @@ def activate(line) -> None:
         both = {request.values.get("To", ""), request.values.get("From", "")}
         ours = next((each for each in both - {who_calls()} if re.fullmatch(NUMBER, each)), None)
         if not ours and not re.fullmatch(NUMBER, who_calls()):
-            log.warning("call %s: there is no number to hand it over from", request.values["CallSid"])
+            log.warning("call %s: no number to hand it over from", request.values["CallSid"])
             return say_and_listen(text, NOBODY_TOOK_IT)
         response = VoiceResponse()
         response.verbs += line.speak(text if heard else HANDING_OVER)
@@ -113,7 +113,7 @@ def activate(line) -> None:
 
     ENDINGS["hand_over"] = dial
     NOT_THE_CALLER.add("twilio.take_call")
-    TOOLS.append(lambda: None if who_calls() == number else hand_over)  # nobody calls themselves
+    TOOLS.append(lambda: None if who_calls() == number else hand_over)  # not for that person
     line.history = with_a_note(line.history)
 
 

@@ -9,6 +9,7 @@ The app's own phrases are translated by Claude, once for each language. Until th
 said in English, and no caller waits for it.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from conversation import MAX_TOKENS, TOOLS, describe, running, speakable
 log = logging.getLogger("voice-claude")
 
 TRY_AGAIN = 300.0  # seconds until a translation that failed is asked for again
-TAG = "[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})+"  # Twilio hears nobody if there is no region (error 13331)
+TAG = "[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})+"  # without a region Twilio hears nobody (error 13331)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ def activate(line) -> str:
     @twilio.url_value_preprocessor
     def find_language(endpoint, values) -> None:
         """The URL says it; in Twilio's fallback, the URL that failed."""
-        asked = urlsplit(request.values.get("ErrorUrl") or request.full_path)
-        language = parse_qs(asked.query).get("language", [""])[0]
-        g.language = language if language in languages else languages[0]
+        g.language = languages[0]
+        with contextlib.suppress(ValueError):  # nobody has checked the signature yet
+            asked = urlsplit(request.values.get("ErrorUrl") or request.full_path)
+            language = parse_qs(asked.query).get("language", [""])[0]
+            g.language = language if language in languages else languages[0]
 
     @twilio.url_defaults
     def carry_language(endpoint, values) -> None:

@@ -1,8 +1,8 @@
 """KEEP_DAYS: the words of a call are kept for so many days, and Claude remembers them when the same
 caller calls again. With it Claude has the tool ``forget_me``.
 
-Anyone can fake a number, so a caller is remembered only if it is proved in both calls whose number
-it is: by the PIN, or if there is no PIN by the phone companies (``StirVerstat``).
+Numbers can be faked, so a caller is remembered only if the number was verified in both calls: by
+the PIN, or without one by the phone companies (``StirVerstat``).
 """
 
 import contextlib

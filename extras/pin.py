@@ -44,13 +44,21 @@ def activate(line) -> None:
     Store.extra_tables["pins"] = "keyed_at DOUBLE PRECISION NOT NULL, UNIQUE (call_sid)"
     line.locked = True
 
+    @twilio.url_defaults
+    def carry_tries(endpoint, values) -> None:
+        """Also where the database fails, and the answer is an apology."""
+        if g.get("tries"):
+            values.setdefault("tries", g.tries)
+
     @twilio.before_request
     def only_with_pin():
         if request.endpoint in NOT_THE_CALLER:
             return None
         call_sid, tries = request.values["CallSid"], number_in_url("tries")
+        g.tries = tries
         with line.store.transaction() as database:
             if database.execute("SELECT 1 FROM pins WHERE call_sid = ?", [call_sid]).fetchone():
+                g.tries = 0
                 return None
         if request.endpoint == "twilio.call_comes_in" and tries:
             keyed = request.form.get("Digits", "")
@@ -59,6 +67,7 @@ def activate(line) -> None:
                     line.store.begin(call_sid)
                     database.execute("INSERT INTO pins (call_sid, keyed_at) VALUES (?, ?)"
                                      " ON CONFLICT (call_sid) DO NOTHING", [call_sid, time.time()])
+                g.tries = 0
                 return None
             log.warning("call %s: PIN wrong or missing, %d of %d", call_sid, tries, TRIES)
         g.stranger = True
@@ -66,7 +75,8 @@ def activate(line) -> None:
 
     def ask_for_pin(tries: int):
         response, again = VoiceResponse(), url("call_comes_in", tries=tries + 1)
-        says = line.speak(WRONG_PIN, KEY_IN) if tries else line.speak(KEY_IN)
+        was_keyed = tries and request.endpoint == "twilio.call_comes_in"
+        says = line.speak(WRONG_PIN, KEY_IN) if was_keyed else line.speak(KEY_IN)
         # No num_digits: that would tell a stranger how long the PIN is.
         gather = response.gather(input="dtmf", action=again, method="POST", timeout=8)
         gather.verbs += says

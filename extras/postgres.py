@@ -16,14 +16,18 @@ from store import LOCK_PATIENCE, SCHEMA, TWO_HOURS, VERSION, Store, StoreError
 try:
     import psycopg
     from psycopg.rows import dict_row
-    from psycopg_pool import ConnectionPool
+    from psycopg_pool import ConnectionPool, PoolTimeout
 except ImportError:
     raise ValueError("a Postgres in DATABASE_URL needs psycopg:"
                      " pip install 'psycopg[binary,pool]'") from None
 
-logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # it would log what the server says
+log = logging.getLogger("voice-claude")
+logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # it would quote the server's messages
 POOL_SIZE = 8  # connections: the smallest plans have 20, and there may be two workers
 ONE_AT_A_TIME, SWEEPING = 1, 2  # numbers of advisory locks
+# A pooler knows no prepared statements. A server that is silent for 3 s counts as lost.
+CONNECTION: dict = dict(prepare_threshold=None, connect_timeout=2, keepalives_idle=1,
+                        keepalives_interval=1, tcp_user_timeout=3000)
 
 
 def activate(line) -> None:
@@ -56,33 +60,38 @@ class PostgresStore(Store):
         except (ValueError, psycopg.Error):  # whose message may hold the password
             self._size, where = 0, {}
         host, port, name = (str(where.get(each, "")) for each in ("host", "port", "dbname"))
-        # With a "/" or "@" in the password, the driver takes a part of it for one of these.
-        if not 1 <= self._size <= 9999 or not re.fullmatch(r"[^/@]*\|\d*\|[^/@]*",
+        # A part of an unescaped "/" or "@" in the password ends up in one of these.
+        if not 1 <= self._size <= 9999 or not re.fullmatch(r"[^@]*\|\d*\|[^@]*",
                                                            f"{host}|{port}|{name}"):
             raise ValueError("DATABASE_URL takes postgres://user:password@host/name, which may end"
                              " with ?pool_size=20. Write special characters as in %40 for @")
         self._pool: ConnectionPool | None = None
+        self._down_until = 0.0  # on the monotonic clock
         self._mine = threading.local()  # ``database``: of this thread's transaction
         super().__init__(url)
         # As the driver understood it: the URL itself holds the password.
         self.name = f"postgres://{host}/{name}"
 
     def _begin_afresh(self) -> None:
-        """Delete the tables of another version, unless they hold words that the owner keeps."""
+        """At the start: if the server isn't there yet, calls find out."""
         try:
-            with psycopg.connect(self._url, connect_timeout=2, prepare_threshold=None) as database:
-                database.execute("SELECT pg_advisory_xact_lock(%s)", [ONE_AT_A_TIME])
-                if self._version(database) in (None, VERSION):
-                    return
-                with contextlib.suppress(psycopg.Error), database.transaction():
-                    if database.execute("SELECT 1 FROM turns WHERE words <> '' AND touched < %s",
-                                        [time.time() - TWO_HOURS]).fetchone():
-                        raise ValueError("the database in DATABASE_URL holds words that another"
-                                         " version of this app keeps: use another one")
-                for table in ("turns", "calls", "phrases", "voice_claude", *self.extra_tables):
-                    database.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
+            with psycopg.connect(self._url, **CONNECTION) as database:
+                self._drop_old_tables(database)
         except psycopg.Error as error:
-            logging.getLogger("voice-claude").error("the database failed: %s", explain(error))
+            log.error("the database failed: %s", explain(error))
+
+    def _drop_old_tables(self, database) -> None:
+        """Delete the tables of another version, unless they hold words that the owner keeps."""
+        database.execute("SELECT pg_advisory_xact_lock(%s)", [ONE_AT_A_TIME])
+        if self._version(database) in (None, VERSION):
+            return
+        with contextlib.suppress(psycopg.Error), database.transaction():
+            if database.execute("SELECT 1 FROM turns WHERE words <> '' AND touched < %s",
+                                [time.time() - TWO_HOURS]).fetchone():
+                raise ValueError("the database in DATABASE_URL holds words that another version of"
+                                 " this app keeps: use another one")
+        for table in ("turns", "calls", "phrases", "voice_claude", *self.extra_tables):
+            database.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
 
     @staticmethod
     def _version(database) -> int | None:
@@ -93,28 +102,39 @@ class PostgresStore(Store):
 
     def _ready(self) -> ConnectionPool:
         """The pool of this process, made when it is first needed, with the tables."""
-        with self._lock:
+        if time.monotonic() < self._down_until:  # nobody waits for what has just failed
+            raise psycopg.OperationalError
+        if self._pool:
+            return self._pool
+        if not self._lock.acquire(timeout=LOCK_PATIENCE):
+            raise psycopg.OperationalError
+        try:
             if not self._pool:
-                with psycopg.connect(self._url, connect_timeout=2, prepare_threshold=None) as new:
-                    new.execute("SELECT pg_advisory_xact_lock(%s)", [ONE_AT_A_TIME])
-                    if not self._version(new):
-                        new.execute(SCHEMA.replace("INTEGER PRIMARY KEY AUTOINCREMENT",
-                                                   "BIGSERIAL PRIMARY KEY"))
-                        new.execute("CREATE TABLE voice_claude (version INTEGER NOT NULL)")
-                        new.execute("INSERT INTO voice_claude VALUES (%s)", [VERSION])
-                    for table, columns in self.extra_tables.items():
-                        exists = "SELECT 1 WHERE to_regclass(%s) IS NOT NULL"
-                        if not new.execute(exists, [table]).fetchone():
-                            new.execute(f"CREATE TABLE {table} (call_sid TEXT NOT NULL"
-                                        f" REFERENCES calls ON DELETE CASCADE, {columns})")
-                # A pooler knows no prepared statements. A server silent for 3 s counts as lost.
+                self._make_tables()
                 self._pool = ConnectionPool(
                     self._url, min_size=0, max_size=self._size, timeout=LOCK_PATIENCE,
                     max_waiting=1000, reconnect_timeout=1, configure=self._configure, open=True,
-                    kwargs={"autocommit": True, "prepare_threshold": None, "row_factory": dict_row,
-                            "connect_timeout": 2, "keepalives_idle": 1, "keepalives_interval": 1,
-                            "tcp_user_timeout": 3000})
+                    kwargs={**CONNECTION, "autocommit": True, "row_factory": dict_row})
             return self._pool
+        except psycopg.Error:
+            self._down_until = time.monotonic() + 1.0
+            raise
+        finally:
+            self._lock.release()
+
+    def _make_tables(self) -> None:
+        with psycopg.connect(self._url, **CONNECTION) as database:
+            self._drop_old_tables(database)
+            if not self._version(database):
+                database.execute(SCHEMA.replace("INTEGER PRIMARY KEY AUTOINCREMENT",
+                                                "BIGSERIAL PRIMARY KEY"))
+                database.execute("CREATE TABLE voice_claude (version INTEGER NOT NULL)")
+                database.execute("INSERT INTO voice_claude VALUES (%s)", [VERSION])
+            for table, columns in self.extra_tables.items():
+                exists = "SELECT 1 WHERE to_regclass(%s) IS NOT NULL"
+                if not database.execute(exists, [table]).fetchone():
+                    database.execute(f"CREATE TABLE {table} (call_sid TEXT NOT NULL"
+                                     f" REFERENCES calls ON DELETE CASCADE, {columns})")
 
     @staticmethod
     def _configure(connection) -> None:
@@ -136,7 +156,11 @@ class PostgresStore(Store):
                 finally:
                     self._mine.database = None
         except psycopg.Error as error:
-            if self._pool:
+            if isinstance(error, PoolTimeout):
+                self._down_until = time.monotonic() + 1.0
+            elif isinstance(error, psycopg.errors.UndefinedTable):
+                self._pool = None  # somebody has deleted the tables: make them again
+            elif self._pool:
                 self._pool.check()  # after a restart of the server no connection is any good
             raise StoreError(explain(error)) from None
 
@@ -153,9 +177,14 @@ class PostgresStore(Store):
             return super().turns_today()
 
     def sweep(self) -> None:
-        with self.transaction() as database:  # two at once could wait for each other
-            database.execute("SELECT pg_advisory_xact_lock(?)", [SWEEPING])
-            super().sweep()
+        over = set(self._over)
+        try:
+            with self.transaction() as database:  # two sweeps at once could deadlock
+                database.execute("SELECT pg_advisory_xact_lock(?)", [SWEEPING])
+                super().sweep()
+        except StoreError:
+            self._over |= over  # nothing of it is stored
+            raise
 
     def check(self) -> None:
         with self.transaction() as database:

@@ -36,8 +36,8 @@ from store import CallIsOver, NoTurnIsLeft, Store, StoreError
 
 log = logging.getLogger("voice-claude")
 
-# Words that haven't changed for this long may be all. About half a second of head start is all that
-# a reply can use; with less, partial results that come every 0.45 s all look stable.
+# Words that are unchanged for this long may be complete. With less, partial results that are 0.45 s
+# apart would all look stable; and half a second of head start is all that a reply can use.
 STABLE = 0.5  # seconds
 MOST_GUESSES = 3  # in one turn; each costs a request
 DEAD = 1.0  # seconds without a sign of life from the process that writes a guess
@@ -75,11 +75,14 @@ class Guess(Writer):
         except Exception:
             if not self.is_confirmed():  # then Claude is asked again when Twilio asks
                 with self.line.store.transaction() as database:
-                    database.execute("DELETE FROM turns WHERE id = ?", [self.row_id])
+                    database.execute("DELETE FROM turns WHERE id = ? AND call_sid <> ?",
+                                     [self.row_id, self.call_sid])
             raise
 
     def use(self, name, tool_input):
         while not self.is_confirmed():
+            if self.row_id not in self.line.store.growing:
+                raise CallerGone
             time.sleep(0.05)
         return super().use(name, tool_input)
 
@@ -138,7 +141,7 @@ def activate(line) -> str | None:
         call_sid, so_far = request.values["CallSid"], comparable(words)
         # What goes wrong here costs nothing but a guess. RuntimeError: no thread is left.
         with contextlib.suppress(StoreError, RuntimeError):
-            # One word is rarely all.
+            # One word is rarely the whole utterance.
             if line.claude and count and hear(call_sid, number, so_far, began) and count > 1:
                 threading.Thread(target=copy_current_request_context(wait_and_guess), daemon=True,
                                  args=[call_sid, so_far, words]).start()
@@ -175,10 +178,11 @@ def activate(line) -> str | None:
 
     def make_guess(call_sid: str, so_far: str, words: str) -> Guess | None:
         with line.store.transaction() as database:
+            call = line.store.begin(call_sid)  # first: on Postgres, this locks the call
             row = database.execute("SELECT * FROM hearing WHERE call_sid = ?",
                                    [call_sid]).fetchone()
             if not row or row["so_far"] != so_far or row["guesses"] >= MOST_GUESSES or (
-                    row["after"] >= settings.max_turns or line.store.begin(call_sid)["ended"]):
+                    row["after"] >= settings.max_turns or call["ended"]):
                 return None
             _, row_id = line.store.turn(call_sid + "~", so_far, words, row["began"],
                                         settings.max_turns, settings.max_turns_a_day)
@@ -203,9 +207,13 @@ def activate(line) -> str | None:
             words = delivery = ""
         elif request.endpoint != "twilio.talking" or number_in_url("turn") or not words:
             return
-        with contextlib.suppress(StoreError), line.store.transaction() as database:
+        # Without a database there is no guess; but the end of the call is to be reported again.
+        expected = [StoreError] if request.endpoint != "twilio.status_callback" else []
+        with contextlib.suppress(*expected), line.store.transaction() as database:
+            line.store.begin(call_sid)  # first: on Postgres, this locks the call
             now, hearing = time.time(), database.execute(
-                "SELECT * FROM hearing WHERE call_sid = ?", [call_sid]).fetchone()
+                "SELECT * FROM hearing WHERE call_sid = ? AND after = ?",
+                [call_sid, last_turn(database, call_sid)]).fetchone()
             guess = database.execute(
                 "SELECT * FROM turns WHERE call_sid = ? AND delivery = ?"
                 " AND (stop IS NOT NULL OR touched > ?)",
@@ -214,14 +222,15 @@ def activate(line) -> str | None:
                 g.spoke_at = hearing["began"]
                 log.info("call %s: the last partial result came %d ms before Twilio asked",
                          call_sid, 1000 * (now - hearing["heard_at"]))
-            if guess and hearing and delivery:
+            if guess and delivery and hearing and hearing["guessed_at"]:
                 come_true(database, call_sid, guess, words, delivery, hearing)
             delete_guesses(database, call_sid)
             database.execute("DELETE FROM hearing WHERE call_sid = ?", [call_sid])
 
     def come_true(database, call_sid, guess, words, delivery, hearing) -> None:
         began, ahead = hearing["began"], time.time() - hearing["guessed_at"]
-        database.execute("UPDATE turns SET spoke_at = 0 WHERE id = ?", [guess["id"]])  # one turn
+        # So that ``turns_today`` doesn't count it twice.
+        database.execute("UPDATE turns SET spoke_at = 0 WHERE id = ?", [guess["id"]])
         turn, row_id = line.store.turn(call_sid, delivery, words, began,
                                        settings.max_turns, settings.max_turns_a_day)
         if row_id is None:
