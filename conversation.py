@@ -104,6 +104,8 @@ MAX_TOKENS = 2000  # for one answer: ten minutes of talk. Thinking counts too, s
 MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, in case a server never stops; a token has 4 or 5
 MOST_ROUNDS = 6  # of tools in one reply: enough for any errand, and an end to running in circles
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
+# A hang-up is noticed a second after a sentence: "forget me" just before it is still obeyed.
+NOTICED = TIMEOUT - SIGN_OF_LIFE
 GATHER, READ = 0.25, 0.02  # seconds, in turns, while the caller listens: it halves the CPU
 
 
@@ -187,7 +189,8 @@ class Writer:
             except EXPECTED as error:
                 self.request_id = getattr(error, "request_id", None) or self.request_id
                 pause, how = self.line.pause_after(self, error, attempt), describe(error)
-                if pause is None or self.kept > kept or time.monotonic() + pause > until:
+                if pause is None or self.kept > kept or time.monotonic() + pause > until or (
+                        self.row_id not in self.line.store.growing):
                     raise
             log.info("%s: %s, request %s, asking again", self.name, how, self.request_id)
             time.sleep(pause)
@@ -236,7 +239,7 @@ class Writer:
         """The body of a response, piece by piece, for as long as somebody waits for the reply."""
         store, kept, until = self.line.store, self.kept, 0.0
         for piece in body:
-            if self.row_id not in store.growing:
+            if time.monotonic() > self.deadline - NOTICED and self.row_id not in store.growing:
                 raise CallerGone
             if time.monotonic() > self.deadline or self.written > MOST_CHARACTERS:
                 raise TimeoutError  # bytes may come, but no end of a sentence, or no end at all
@@ -330,11 +333,11 @@ def recent(call_sid: str, turns: list[dict]) -> list[dict]:
 def as_messages(turns: list[dict]) -> list[dict]:
     """Turns as messages to Claude. None of them is empty, and the last one is the caller's."""
     messages = []
-    for turn, heard, rest in what_was_heard(turns):
+    for turn, said, rest in what_was_heard(turns):
         if turn["stop"] == "refusal":
             continue  # or Claude would go on refusing what comes after it
         messages.append({"role": "user", "content": turn["words"]})
-        if reply := (heard + "[The caller cut in here.]" * bool(rest)).strip():
+        if reply := (said + "[The caller cut in here.]" * bool(rest)).strip():
             messages.append({"role": "assistant", "content": reply})
     return messages
 

@@ -372,7 +372,7 @@ def what_was_heard(turns: list[dict]) -> Iterator[tuple[dict, str, str]]:
         reply, begins, cut = turn["reply"], turn["last_part"], len(turn["reply"])
         if later and begins is not None:
             words = list(re.finditer(r"\S+\s*", reply[begins:]))
-            heard = max(0, round((later["spoke_at"] - turn["given_at"]) * SPEAKING_RATE))
-            if heard < len(words) - max(5, len(words) / 4):  # the estimate is no better than that
-                cut = begins + (words[heard - 1].end() if heard else 0)
+            count = max(0, round((later["spoke_at"] - turn["given_at"]) * SPEAKING_RATE))
+            if count < len(words) - max(5, len(words) / 4):  # the estimate is no better than that
+                cut = begins + (words[count - 1].end() if count else 0)
         yield turn, MARKS.sub("", reply[:cut]), MARKS.sub("", reply[cut:])

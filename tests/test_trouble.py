@@ -29,8 +29,8 @@ TROUBLE = {
         Reply(BEGUN, error="overloaded_error"), f"{BEGUN} {SORRY}", r"APIStatusError 200 overloaded_error, request req_\w+"
     ),
     "refusal": (Reply(stop="refusal"), "I can't help with that. What else can I do for you?", r"refusal, request req_\w+"),
-    "no text": (Reply(""), "I don't know what to say to that. Could you put it another way?", r"end_turn, request req_\w+"),
-    "only white space": (Reply(" \n "), "I don't know what to say to that. Could you put it another way?", r"end_turn, req"),
+    "no text": (Reply(""), "I don't know what to say to that. Could you put it another way?", r"end_turn without words, request req_\w+"),
+    "only white space": (Reply(" \n "), "I don't know what to say to that. Could you put it another way?", r"end_turn without words, req"),
     "cut off by max_tokens": (
         Reply(BEGUN, stop="max_tokens"),
         f"{BEGUN} There's more to say about that. Shall I go on?",
