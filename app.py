@@ -63,7 +63,7 @@ def talking():
         log.error("call %s: Twilio fell back here after its error %s", call.call_sid, error)
         return sorry()
     turn, heard = number_in_url("turn"), number_in_url("heard")
-    if not turn:
+    if not turn:  # the caller spoke; otherwise Twilio follows say_and_come_back's redirect
         words = what_the_caller_said()
         if not words:
             return are_you_there()
@@ -74,7 +74,7 @@ def talking():
         took = 0.0 if "Digits" in request.values else PAUSE + len(words.split()) / FAST
         turn = call.caller_said(words, delivery, g.get("spoke_at", time.time() - took))
     text, stop = call.reply(turn, heard, number_in_url("waited"))
-    if stop is None or len(text) > LONGEST_ANSWER:
+    if stop is None or len(text) > LONGEST_ANSWER:  # say a part, and come back for the rest
         return say_and_come_back(turn, heard, text[:LONGEST_ANSWER])
     with contextlib.suppress(StoreError):  # without it, Claude takes everything as heard
         line.store.give(call.call_sid, turn, heard)

@@ -60,11 +60,11 @@ class Conversation:
         at most for PATIENCE. ``waited``: how often in a row nothing came. Returns the new text, and
         how the reply ended (``stop``), or None if more may come."""
         until, store = time.monotonic() + PATIENCE, self.line.store
-        while row := store.wait(self.call_sid, turn, heard):
+        while row := store.wait(self.call_sid, turn, heard):  # it returns after a second at most
             if row["stop"] or len(row["reply"]) > heard or time.monotonic() >= until:
                 return row["reply"][heard:], row["stop"]
             if time.time() > row["touched"] + STALLED or waited >= MOST_WAITS:
-                store.grow(row["id"], "", stop="stalled")
+                store.grow(row["id"], "", stop="stalled")  # which the next round returns
         return "", "lost"  # there is no such turn: the disk was wiped
 
 
@@ -106,7 +106,7 @@ MOST_ROUNDS = 6  # of tools in one reply: enough for any errand, and an end to r
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
 # A hang-up is noticed a second after a sentence: "forget me" just before it is still obeyed.
 NOTICED = TIMEOUT - SIGN_OF_LIFE
-GATHER, READ = 0.25, 0.02  # seconds, in turns, while the caller listens: it halves the CPU
+BATCH, READ = 0.25, 0.02  # seconds to let tokens pile up and to read: it takes half the CPU
 
 
 class CallerGone(Exception):
@@ -144,7 +144,7 @@ class Writer:
                 self.unfinished = ""  # it may be stored all the same
             if not isinstance(error, EXPECTED):
                 log.exception("%s", self.name)
-        for _ in range(2):
+        for _ in range(2):  # tries to store the last sentence, and how the reply ended
             try:
                 with contextlib.suppress(CallerGone):  # how the reply ended is stored already
                     self.keep(self.unfinished, stop)
@@ -245,7 +245,7 @@ class Writer:
                 raise TimeoutError  # bytes may come, but no end of a sentence, or no end at all
             yield piece
             if self.kept > kept and time.monotonic() > until and self.row_id not in store.awaited:
-                time.sleep(GATHER)
+                time.sleep(BATCH)  # a sentence is there, and nobody waits for more
                 until = time.monotonic() + READ
 
     def add(self, text: str) -> None:

@@ -185,7 +185,7 @@ class Store:
                 return row
             if news := self.awaited.get(row["id"]):
                 news.wait(left if row["id"] in self.growing else min(left, LOOK_AGAIN))
-            else:  # it may have grown before there was an Event: look once more
+            else:  # first make an Event, and look once more: it may have grown in the meantime
                 self.awaited[row["id"]] = threading.Event()
         return None
 
