@@ -335,11 +335,11 @@ def page(base: str):
 
 def announce() -> None:
     """Tell the log in one line what runs here, and what the owner may have missed."""
-    callers = f"{len(settings.allowed_callers)} numbers" if settings.allowed_callers else "everyone"
+    count = len(settings.allowed_callers)
+    who = f"{count} number{'s' * (count > 1)}" if count else "everyone"
     log.info("Voice Claude: model %s, effort %s, database %s, calls from %s, %d turns a call, "
              "%d a day, extras: %s", settings.claude_model, settings.claude_effort, line.store.name,
-             callers, settings.max_turns, settings.max_turns_a_day,
-             ", ".join(line.extras) or "none")
+             who, settings.max_turns, settings.max_turns_a_day, ", ".join(line.extras) or "none")
     if not settings.twilio_auth_token:
         log.warning("TWILIO_AUTH_TOKEN is not set: no call is answered")
     if not line.claude:

@@ -97,6 +97,7 @@ def activate(line) -> None:
 
 def is_on(setting: str) -> bool:
     """Whether the owner has set an environment variable that switches an extra on."""
+    from app import OFF  # app.py imports this module, so it can't be imported at the top
+
     value = os.environ.get(setting, "").strip()
-    off = ("", "no", "0")
-    return value not in off and not (setting == "DATABASE_URL" and value.startswith("sqlite:"))
+    return value not in OFF and not (setting == "DATABASE_URL" and value.startswith("sqlite:"))

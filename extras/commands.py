@@ -143,9 +143,8 @@ def activate(line) -> None:
     def transcript(call_sid: str) -> list[dict]:
         ahead = {}
         if "ahead" in Store.extra_tables:
-            with line.store.transaction() as database:
-                ahead = {row["turn"]: row["seconds"] for row in database.execute(
-                    "SELECT turn, seconds FROM ahead WHERE call_sid = ?", [call_sid]).fetchall()}
+            ahead = {row["turn"]: row["seconds"] for row in line.store.sql(
+                "SELECT turn, seconds FROM ahead WHERE call_sid = ?", call_sid)}
         return [{"at": clock(turn["spoke_at"]), "caller": turn["words"], "heard": heard,
                  "not_heard": rest, "stop": turn["stop"], "seconds_ahead": ahead.get(turn["turn"])}
                 for turn, heard, rest in what_was_heard(line.store.turns(call_sid))]

@@ -87,14 +87,12 @@ def activate(line) -> None:
         response = VoiceResponse()
         if "Digits" not in request.values:
             try:
-                with line.store.transaction() as database:
-                    row = database.execute(
-                        "SELECT stop FROM turns WHERE call_sid = ? AND turn = ?",
-                        [request.args.get("call_sid"), number_in_url("turn")]).fetchone()
+                rows = line.store.sql("SELECT stop FROM turns WHERE call_sid = ? AND turn = ?",
+                                      request.args.get("call_sid"), number_in_url("turn"))
             except StoreError as error:
                 log.error("the database failed: %s", error)
-                row = None
-            kind, _, reason = (row and row["stop"] or "").partition(": ")
+                rows = []
+            kind, _, reason = (rows and rows[0]["stop"] or "").partition(": ")
             if kind != "hand_over":
                 return goodbye()  # the caller is gone
             says = line.speak(A_CALLER, reason, PRESS_ANY_KEY)

@@ -69,15 +69,14 @@ def with_earlier_calls(line, history):
         turns = history(call_sid, turns)
         if len(turns) > HISTORY_STEP:
             return turns
-        with line.store.transaction() as database:
-            rows = database.execute(
-                "SELECT turns.*, calls.began FROM callers AS this JOIN callers AS other"
-                " ON other.number = this.number AND other.trusted = 1 AND this.trusted = 1"
-                " AND other.call_sid <> this.call_sid"
-                " JOIN calls ON calls.call_sid = other.call_sid"
-                " JOIN turns ON turns.call_sid = other.call_sid AND words <> ''"
-                " WHERE this.call_sid = ? ORDER BY calls.began DESC, turn DESC LIMIT ?",
-                [call_sid, HISTORY_STEP]).fetchall()
+        rows = line.store.sql(
+            "SELECT turns.*, calls.began FROM callers AS this JOIN callers AS other"
+            " ON other.number = this.number AND other.trusted = 1 AND this.trusted = 1"
+            " AND other.call_sid <> this.call_sid"
+            " JOIN calls ON calls.call_sid = other.call_sid"
+            " JOIN turns ON turns.call_sid = other.call_sid AND words <> ''"
+            " WHERE this.call_sid = ? ORDER BY calls.began DESC, turn DESC LIMIT ?",
+            call_sid, HISTORY_STEP)
         earlier = [dict(row) for row in rows][::-1]
         if not earlier:
             return turns

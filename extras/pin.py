@@ -56,10 +56,9 @@ def activate(line) -> None:
             return None
         call_sid, tries = request.values["CallSid"], number_in_url("tries")
         g.tries = tries
-        with line.store.transaction() as database:
-            if database.execute("SELECT 1 FROM pins WHERE call_sid = ?", [call_sid]).fetchone():
-                g.tries = 0
-                return None
+        if line.store.sql("SELECT 1 FROM pins WHERE call_sid = ?", call_sid):
+            g.tries = 0
+            return None
         if request.endpoint == "twilio.call_comes_in" and tries:
             keyed = request.form.get("Digits", "")
             if hmac.compare_digest(keyed.encode(), pin.encode()):

@@ -59,12 +59,10 @@ class Guess(Writer):
     def is_confirmed(self) -> bool:
         """Whether the caller has said no more than these words. Raises CallerGone once it is known
         to be wrong."""
-        with self.line.store.transaction() as database:
-            row = database.execute("SELECT call_sid FROM turns WHERE id = ?",
-                                   [self.row_id]).fetchone()
-        if not row:
+        rows = self.line.store.sql("SELECT call_sid FROM turns WHERE id = ?", self.row_id)
+        if not rows:
             raise CallerGone
-        if row["call_sid"] != self.call_sid:
+        if rows[0]["call_sid"] != self.call_sid:
             return False
         self.name = f"call {self.call_sid} turn {self.turn}"
         return True
@@ -74,9 +72,8 @@ class Guess(Writer):
             return super().answer()
         except Exception:
             if not self.is_confirmed():  # then Claude is asked again when Twilio asks
-                with self.line.store.transaction() as database:
-                    database.execute("DELETE FROM turns WHERE id = ? AND call_sid <> ?",
-                                     [self.row_id, self.call_sid])
+                self.line.store.sql("DELETE FROM turns WHERE id = ? AND call_sid <> ?",
+                                    self.row_id, self.call_sid)
             raise
 
     def use(self, name, tool_input):
@@ -118,14 +115,14 @@ def activate(line) -> str | None:
         " guesses INTEGER NOT NULL DEFAULT 0, guessed_at DOUBLE PRECISION, UNIQUE (call_sid)")
     Store.extra_tables["ahead"] = "turn INTEGER NOT NULL, seconds DOUBLE PRECISION NOT NULL"
 
-    def last_turn(database, call_sid: str) -> int:
-        return database.execute("SELECT COALESCE(MAX(turn), 0) AS last FROM turns"
-                                " WHERE call_sid = ?", [call_sid]).fetchone()["last"]
+    def last_turn(call_sid: str) -> int:
+        return line.store.sql("SELECT COALESCE(MAX(turn), 0) AS last FROM turns"
+                              " WHERE call_sid = ?", call_sid)[0]["last"]
 
     def ask_for_partial_results(gather) -> None:
         """The URL says which turn and which <Gather> the partial results belong to."""
-        with contextlib.suppress(StoreError), line.store.transaction() as database:
-            after = last_turn(database, request.values["CallSid"])
+        with contextlib.suppress(StoreError):
+            after = last_turn(request.values["CallSid"])
             silences = min(number_in_url("silences"), 9)
             gather.attrs["partialResultCallback"] = url("listening", after=after, silences=silences)
 
@@ -159,7 +156,7 @@ def activate(line) -> str | None:
         """Note what the caller has said so far. Returns whether it is news."""
         after, now = number_in_url("after"), time.time()
         with line.store.transaction() as database:
-            if line.store.begin(call_sid)["ended"] or last_turn(database, call_sid) != after:
+            if line.store.begin(call_sid)["ended"] or last_turn(call_sid) != after:
                 return False
             row = database.execute("SELECT * FROM hearing WHERE call_sid = ?",
                                    [call_sid]).fetchone()
@@ -173,7 +170,7 @@ def activate(line) -> str | None:
             else:
                 database.execute("UPDATE hearing SET number = ?, so_far = ?, heard_at = ?"
                                  " WHERE call_sid = ?", [number, so_far, now, call_sid])
-            delete_guesses(database, call_sid, but=so_far)
+            delete_guesses(call_sid, but=so_far)
             return True
 
     def make_guess(call_sid: str, so_far: str, words: str) -> Guess | None:
@@ -192,9 +189,9 @@ def activate(line) -> str | None:
                              " WHERE call_sid = ?", [time.time(), call_sid])
             return Guess(line, call_sid, row["after"] + 1, row_id)
 
-    def delete_guesses(database, call_sid: str, but: str = "") -> None:
-        if database.execute("DELETE FROM turns WHERE call_sid = ? AND delivery <> ?",
-                            [call_sid + "~", but]).rowcount:
+    def delete_guesses(call_sid: str, but: str = "") -> None:
+        if line.store.sql("DELETE FROM turns WHERE call_sid = ? AND delivery <> ?",
+                          call_sid + "~", but):
             line.store.log_holds_words = True
 
     @twilio.before_request
@@ -213,7 +210,7 @@ def activate(line) -> str | None:
             line.store.begin(call_sid)  # first: on Postgres, this locks the call
             now, hearing = time.time(), database.execute(
                 "SELECT * FROM hearing WHERE call_sid = ? AND after = ?",
-                [call_sid, last_turn(database, call_sid)]).fetchone()
+                [call_sid, last_turn(call_sid)]).fetchone()
             guess = database.execute(
                 "SELECT * FROM turns WHERE call_sid = ? AND delivery = ?"
                 " AND (stop IS NOT NULL OR touched > ?)",
@@ -224,7 +221,7 @@ def activate(line) -> str | None:
                          call_sid, 1000 * (now - hearing["heard_at"]))
             if guess and delivery and hearing and hearing["guessed_at"]:
                 come_true(database, call_sid, guess, words, delivery, hearing)
-            delete_guesses(database, call_sid)
+            delete_guesses(call_sid)
             database.execute("DELETE FROM hearing WHERE call_sid = ?", [call_sid])
 
     def come_true(database, call_sid, guess, words, delivery, hearing) -> None:

@@ -118,7 +118,8 @@ def test_the_start_names_the_active_extras_and_old_settings(stage):
         assert "WARNING LANGUAGE is now called LANGUAGES" in app.log()
         assert "WARNING VOICE is now called VOICES" in app.log()
         assert "ALLOWED_CALLERS is not set" not in app.log(), "the PIN keeps strangers out"
-    with stage.other_app(LANGUAGE="en_GB:en") as app:
+    with stage.other_app(LANGUAGE="en_GB:en", ALLOWED_CALLERS="+15551230001") as app:
+        assert "calls from 1 number, " in app.log()
         assert "LANGUAGES" not in app.log()
     with stage.other_app(LANGUAGE="de") as app:
         assert "LANGUAGES" not in app.log(), "a desktop has set this"
