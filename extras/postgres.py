@@ -16,7 +16,7 @@ from store import LOCK_PATIENCE, SCHEMA, TWO_HOURS, VERSION, Store, StoreError
 try:
     import psycopg
     from psycopg.rows import dict_row
-    from psycopg_pool import ConnectionPool, PoolTimeout
+    from psycopg_pool import ConnectionPool
 except ImportError:
     raise ValueError("a Postgres in DATABASE_URL needs psycopg:"
                      " pip install 'psycopg[binary,pool]'") from None
@@ -156,9 +156,7 @@ class PostgresStore(Store):
                 finally:
                     self._mine.database = None
         except psycopg.Error as error:
-            if isinstance(error, PoolTimeout):
-                self._down_until = time.monotonic() + 1.0
-            elif isinstance(error, psycopg.errors.UndefinedTable):
+            if isinstance(error, psycopg.errors.UndefinedTable):
                 self._pool = None  # somebody has deleted the tables: make them again
             elif self._pool:
                 self._pool.check()  # after a restart of the server no connection is any good
