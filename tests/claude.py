@@ -33,7 +33,6 @@ wit, and prints what each request held: for those who learn to build such a line
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import re

@@ -136,6 +136,7 @@ class Phone:
         handed_over: what the other person does where the line dials a number: one of DIALLED.
         dialled: the attributes of every <Dial>, with the number that was dialled as "Number".
         other_person: the OtherPerson who answered last, or None.
+        transcript: what was said by both, in order, as lines to read.
         on_hearing: a function that is called with each text that is heard, before Twilio does what
             comes next in the document.
     """
@@ -183,6 +184,7 @@ class Phone:
         self.gather = None
         self.language = None
         self.on_hearing = None
+        self.transcript = []  # the call as a play: "Line: ..." and "You: ..."
         self.handed_over, self.other_person = "takes it", None
         self.dialled = []
         self._base = self.public_url + "/"
@@ -233,6 +235,7 @@ class Phone:
 
     def stay_silent(self):
         """Let the line wait in vain."""
+        self.transcript.append("(You say nothing.)")
         if self.gather.get("actionOnEmptyResult") == "true":
             return self._turn(self._fetch, *self._action(), {"SpeechResult": ""})
         return self._turn(list, self._after_gather)
@@ -296,6 +299,8 @@ class Phone:
 
     def _turn(self, fetch, *what):
         """Do what a document says, and those that it leads to, until the line listens or the call has ended."""
+        said = what[2] if len(what) > 2 else {}  # the parameters of a webhook
+        self.transcript += [f"You: {said[name]}" for name in ("SpeechResult", "Digits") if name in said]
         if self.ended:
             raise AssertionError(f"the call is over: {self.ended}")
         self._asked = time.monotonic()
@@ -403,6 +408,7 @@ class Phone:
     def spoken(self, text, cut_in):
         """The caller hears this. A subclass may show it."""
         self.said.append((text, time.monotonic(), cut_in))
+        self.transcript.append(f"Line: {text}")
         if self.on_hearing:
             self.on_hearing(text)
         if not cut_in:  # while something nested is said the caller may answer already
@@ -678,15 +684,17 @@ class App:
         arguments: more for gunicorn.
         inherits: a listening socket's file descriptor, if the app is to use that one.
         within: a command that starts another one, like prlimit, with its options.
+        module: where gunicorn finds the app, if not in app.py.
     """
 
     _starting = threading.Semaphore(os.cpu_count() or 1)
 
-    def __init__(self, environ=None, *, folder=ROOT, arguments="", inherits=None, within=()):
+    def __init__(self, environ=None, *, folder=ROOT, arguments="", inherits=None, within=(), module="app:app"):
         self.scratch = tempfile.mkdtemp(prefix="voice-claude-")
         self.database = os.path.join(self.scratch, "calls.db")
         self.log_path = os.path.join(self.scratch, "log")
         self.folder, self.arguments, self.inherits, self.within = folder, arguments, inherits, within
+        self.module = module
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         basics = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
@@ -711,33 +719,38 @@ class App:
         command = shlex.split(procfile.read_text().partition("web:")[2].splitlines()[0])
         if "-c" not in command and not pathlib.Path(self.folder, "gunicorn.conf.py").exists():
             command += ["-c", ROOT / "gunicorn.conf.py"]  # nor that file
-        command = [*self.within, sys.executable, "-m", *command]  # gunicorn, of this environment
+        command = [self.module if word == "app:app" else word for word in command]
         address = f"127.0.0.1:{self.port}" if self.inherits is None else f"fd://{self.inherits}"
         bind = f"--bind {address} {self.arguments}"
         try:
             # A Ctrl-C in the middle of Popen would leave a process that nobody ends.
-            with open(self.log_path, "ab") as log, no_interruption():
-                self.process = subprocess.Popen(
-                    command,
-                    cwd=self.folder,
-                    env={**self.environ, "GUNICORN_CMD_ARGS": bind},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[] if self.inherits is None else [self.inherits],
-                    start_new_session=True,  # so that it and its workers can be ended together
-                )
+            with no_interruption():
+                self.process = self.start_process(command, {**self.environ, "GUNICORN_CMD_ARGS": bind})
             until = time.monotonic() + 120  # seconds: a very busy machine needs most of a minute
             while time.monotonic() < until and self.process.poll() is None:
                 if self._answers():
                     return self
-                time.sleep(0.05)
+                time.sleep(0.02)
         except BaseException:
             self.stop()  # Ctrl-C, most likely
             raise
         log = self.log()
         self.stop()
         raise RuntimeError(f"the app did not start:\n{log}")
+
+    def start_process(self, command, environ):
+        """Start gunicorn with these arguments, in this environment."""
+        with open(self.log_path, "ab") as log:
+            return subprocess.Popen(
+                [*self.within, sys.executable, "-m", *command],  # the gunicorn of this environment
+                cwd=self.folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[] if self.inherits is None else [self.inherits],
+                start_new_session=True,  # so that it and its workers can be ended together
+            )
 
     def _answers(self):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:

@@ -13,7 +13,10 @@ import shutil
 import subprocess
 import tempfile
 
-from tests.phone import free_port
+import pytest
+
+from tests.phone import Phone, free_port
+from tests.stage import PROXY, PUBLIC_URL, Stage
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")  # None: not installed
 
@@ -48,6 +51,8 @@ class Server:
         self.names = 0
 
     def __enter__(self):
+        if missing := what_is_missing():
+            pytest.fail(missing)
         try:
             self._run("initdb", "--no-sync", "--auth=trust", "--username=claude", "--encoding=UTF8", "--locale=C")
             key = f"{self.folder}/key.pem"
@@ -120,3 +125,89 @@ class Server:
         subprocess.run(
             command, check=True, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, timeout=120, **self.user)
+
+
+# --- A stage with it ------------------------------------------------------------------------------
+
+
+class StageWithPostgres(Stage):
+    """A stage on which all apps keep their calls in a Postgres. The apps that tests share run on two machines each.
+
+    Attributes:
+        server: the Postgres.
+        database: the URL of the database that all shared apps use.
+    """
+
+    def __init__(self, claude, server):
+        super().__init__(claude)
+        self.server, self.database, self.pairs = server, server.database(), {}
+
+    def settings(self, **more):
+        return super().settings(**{"DATABASE_URL": more.get("DATABASE_URL") or self.server.database(), **more})
+
+    def shared(self, name, *arguments, **more):
+        if name not in self.pairs:
+            start, more = super().shared, {"DATABASE_URL": self.database, **more}
+            self.pairs[name] = TwoMachines([start(f"{name} {number}", *arguments, **more) for number in (1, 2)])
+        return self.pairs[name]
+
+    def other_app(self, *arguments, **more):
+        app = super().other_app(*arguments, **more)
+        app.database = NoFile()
+        return app
+
+    def phone(self, app=None, **more):
+        app = app or self.app
+        if not isinstance(app, TwoMachines):
+            return super().phone(app, **more)
+        phone = PhoneOfTwo(app.machines, app.token, **{"public_url": PUBLIC_URL, "headers": PROXY, **more})
+        self.calls.append((phone, app, len(app.log())))
+        return phone
+
+    def query(self, sql, *values):
+        """The rows that a query of the shared database gives."""
+        return self.server.query(self.database, sql, values)
+
+
+class NoFile:
+    """Stands for the path of the SQLite file. A test that looks into that file isn't for a Postgres."""
+
+    def __fspath__(self):
+        pytest.skip("looks into the SQLite file")
+
+    __str__ = __fspath__
+
+
+class TwoMachines:
+    """What tests know of an app, for two apps with one database."""
+
+    def __init__(self, machines):
+        self.machines, self.environ, self.database = machines, machines[0].environ, machines[0].database
+        self.url, self.port, self.token = machines[0].url, machines[0].port, machines[0].token
+        self._log, self._read = "", [0, 0]
+
+    def log(self):
+        """What both have printed so far. As a log of one machine, it grows at its end only."""
+        for number, machine in enumerate(self.machines):
+            new = machine.log()[self._read[number]:]
+            self._read[number] += len(new)
+            self._log += new
+        return self._log
+
+
+class PhoneOfTwo(Phone):
+    """Calls a line on two machines: each request goes to another machine than the one before."""
+
+    def __init__(self, machines, *arguments, **more):
+        self.urls, self.turns = [machine.url for machine in machines], []
+        super().__init__("", *arguments, **more)
+
+    @property
+    def url(self):
+        self.turns.append(len(self.turns) % len(self.urls))
+        return self.urls[self.turns[-1]]
+
+    @url.setter
+    def url(self, url):
+        if url:  # from now on the test decides
+            self.urls = [url]
