@@ -1,19 +1,19 @@
-"""Hello, this is Claude speaking: the phone line.
+"""The phone line: it answers Twilio's requests, and Claude talks with the caller.
 
 Twilio asks these URLs what to do with a call, and the answers are TwiML
 (https://www.twilio.com/docs/voice/twiml):
 
     /                  a call comes in: greet the caller and listen
     /talking           the caller spoke, pressed a key or stayed silent; or more of a reply is due;
-                       or Twilio got no good answer, and falls back here with an ErrorCode
+                       or an answer failed, and Twilio falls back here with an ErrorCode
     /status_callback   the call is over
 
-One turn: the caller's words come to /talking, are stored as a row, and a thread asks Claude. The
-answer to Twilio is the first sentence, and a redirect. When Twilio has spoken the sentence, it
-follows the redirect and is given the rest, while it listens for the caller.
+One turn: the caller's words come to /talking, are stored as a row, and a thread asks Claude. Twilio
+gets the first sentence, and a redirect. When Twilio has spoken the sentence, it follows the
+redirect, and listens while it speaks the rest.
 
-Whatever goes wrong in a call, the answer is TwiML. With anything else the caller would hear "an
-application error has occurred". ``settings`` and ``line`` are made at the end of this file.
+Even after an error, a caller's request gets TwiML. Otherwise the caller would hear "an application
+error has occurred". ``settings`` and ``line`` are made at the end of this file.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 log = logging.getLogger("voice-claude")
 log.setLevel(logging.INFO)
 app = Flask(__name__, static_folder=None)
-twilio = Blueprint("twilio", __name__)  # what Twilio asks; its checks don't concern other requests
+twilio = Blueprint("twilio", __name__)  # Twilio's requests; only these are checked
 
 
 # --- The call -------------------------------------------------------------------------------------
@@ -63,20 +63,20 @@ def talking():
         log.error("call %s: Twilio fell back here after its error %s", call.call_sid, error)
         return sorry()
     turn, heard = number_in_url("turn"), number_in_url("heard")
-    if not turn:  # the caller spoke; otherwise Twilio follows say_and_come_back's redirect
+    if not turn:  # from the caller; the redirect of say_and_come_back has a turn
         words = what_the_caller_said()
         if not words:
             return are_you_there()
         if not line.claude:
             return say_and_listen(NO_KEY, speakable(words))
         delivery = request.headers.get("I-Twilio-Idempotency-Token") or None
-        # When the caller began: words take time, and so does the pause after them; a key doesn't.
+        # Words take time, and so does the pause after them. A key doesn't.
         took = 0.0 if "Digits" in request.values else PAUSE + len(words.split()) / FAST
         turn = call.caller_said(words, delivery, g.get("spoke_at", time.time() - took))
     text, stop = call.reply(turn, heard, number_in_url("waited"))
     if stop is None or len(text) > LONGEST_ANSWER:  # say a part, and come back for the rest
         return say_and_come_back(turn, heard, text[:LONGEST_ANSWER])
-    with contextlib.suppress(StoreError):  # without it, Claude takes everything as heard
+    with contextlib.suppress(StoreError):  # if this fails, all of it counts as heard
         line.store.give(call.call_sid, turn, heard)
     ending = ENDINGS.get(stop.partition(":")[0], ENDINGS["trouble"])
     return ending(text, bool(text or heard), turn)
@@ -84,7 +84,7 @@ def talking():
 
 @twilio.post("/status_callback")
 def status_callback():
-    """The call is over: forget it. If Twilio doesn't report that, it is forgotten in two hours."""
+    """The call is over: delete its words. Without this report, that happens after two hours."""
     if request.values.get("CallStatus") not in ("queued", "initiated", "ringing", "in-progress"):
         had = line.store.end(request.values["CallSid"])
         log.info("call %s is over: %s s, turns %d, tokens %d in %d out", request.values["CallSid"],
@@ -105,20 +105,20 @@ def apologise(error):
     expected = isinstance(error, StoreError)
     log.error("the database failed: %s" if expected else "%r", error, exc_info=not expected)
     if request.endpoint in NOT_THE_CALLER:
-        return "", 503  # Twilio reports the end of a call again
+        return "", 503  # so that Twilio repeats the report
     return sorry()
 
 
 def what_the_caller_said() -> str:
     """The caller's words or key; empty for a silent caller."""
-    words = request.values.get("SpeechResult", "").replace("\0", "").strip()  # Postgres: no "\0"
+    words = request.values.get("SpeechResult", "").replace("\0", "").strip()  # Postgres bans \0
     key = request.values.get("Digits", "").strip()
     return f"{words} [The caller pressed {key}]".strip() if key else words
 
 
 def number_in_url(name: str) -> int:
-    """A number in the URL that Twilio asks, or in the one that failed if this is the fallback.
-    0 if it isn't there, or can't be one of ours."""
+    """A number in the URL of this request; in the fallback, in the URL that failed. 0 if the number
+    is missing or malformed."""
     asked = request.values.get("ErrorUrl") or request.full_path
     number = parse_qs(urlsplit(asked).query).get(name, [""])[0]
     return int(number) if re.fullmatch("[0-9]{1,9}", number) else 0
@@ -126,7 +126,7 @@ def number_in_url(name: str) -> int:
 
 # --- What the caller hears ------------------------------------------------------------------------
 class Phrase(str):
-    """Words that the app says in its own name. They are never stored as if Claude had said them."""
+    """The app's own words. They are never stored as if Claude had said them."""
     all: list[str] = []
 
     def __init__(self, english: str):
@@ -143,12 +143,11 @@ GO_ON = Phrase("There's more to say about that. Shall I go on?")
 REFUSED = Phrase("I can't help with that. What else can I do for you?")
 GOODBYE = Phrase("Goodbye!")
 TALKED_LONG = Phrase("We have talked for so long that I have to hang up now. Thank you. Goodbye!")
-TOMORROW = Phrase("This line has talked so much today that it has to rest. Please try tomorrow."
-                  " Goodbye!")
+TOMORROW = Phrase("This line has reached its limit for today. Please try again tomorrow. Goodbye!")
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
-# How a reply can end (its ``stop``, up to a colon), and what the caller hears then, given the last
-# part of the reply, whether Claude said anything at all, and the turn. All other ends are trouble:
-# an error's name, "stalled", "lost", and those of which nobody hears: "overtaken", "hung up".
+# What the caller hears after each ``stop`` of a reply ("x" for "x: y"). The arguments are the last
+# part of the reply, whether Claude said anything, and the turn. Any other ``stop`` is trouble, like
+# an error's name, "stalled", "lost" or, when no caller is waiting, "overtaken" and "hung up".
 ENDINGS: dict[str, Callable] = {
     "end_turn": lambda text, spoke, turn: say_and_listen(text),
     "end_turn without words": lambda text, spoke, turn: say_and_listen(text, NO_ANSWER),
@@ -159,14 +158,14 @@ ENDINGS: dict[str, Callable] = {
     "trouble": lambda text, spoke, turn: say_and_listen(text, SORRY)}
 ENDINGS["stop_sequence"] = ENDINGS["end_turn"]
 PAUSE = 1.0  # seconds of silence after which Twilio takes the caller's words as complete
-FAST = 3.0  # words a second of a quick caller: in doubt nobody has interrupted
-# One <Say> takes 3000 characters, and 4500 once they are URL-encoded
+FAST = 3.0  # words a second; if it is too high, more of a reply counts as heard
+# One <Say> may have 3000 characters, and 4500 when URL-encoded
 # (https://www.twilio.com/docs/voice/twiml/say). An emoji becomes 12, so 375 characters always fit.
 # A piece ends with a sentence, or at least with a word.
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
-LONGEST_ANSWER = 8000  # characters; a document takes 64 kB, and "&" has 5 bytes: "&amp;"
-# If no process answers, as during a deploy, Twilio tries 5 times more, for 15 s in all: for 8 s
-# (``rt``) at one process, which leaves another one the 6 s of PATIENCE.
+LONGEST_ANSWER = 8000  # characters; TwiML may have 64 kB, and "&" becomes 5 bytes
+# If no process answers, as during a deploy, Twilio tries 5 more times within 15 s. It waits 8 s
+# (``rt``) per try, so that a second try still has the 6 s of PATIENCE.
 # https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides
 RETRIES = "rc=5&rp=5xx,ct,rt&rt=8000"
 EARS = dict(
@@ -183,8 +182,8 @@ BEFORE_LISTENING: list[Callable] = []  # functions that may change a <Gather> be
 def say_and_listen(*texts, silences: int = 0):
     """Say something, and listen. ``silences``: how often in a row the caller was silent before."""
     response, says = VoiceResponse(), line.speak(*texts)
-    # "auto": the first pause ends the words. A SPEECH_MODEL wants seconds instead. With neither of
-    # them, Twilio would wait 5 s more.
+    # "auto": the first pause ends the words. A SPEECH_MODEL wants a number of seconds instead.
+    # Without either, Twilio waits 5 s more.
     model = settings.speech_model or None
     gather = response.gather(**EARS, action=url("talking"), speech_model=model,
                              speech_timeout="1" if model else "auto")
@@ -204,15 +203,15 @@ def are_you_there():
 
 
 def sorry():
-    """Apologise, and listen; but not for ever, on a phone that is off the hook."""
+    """Apologise, and listen; but hang up in the end if nobody is there."""
     silences = number_in_url("silences")
     return goodbye() if silences > len(ARE_YOU_THERE) else say_and_listen(SORRY, silences=silences)
 
 
 def say_and_come_back(turn: int, heard: int, text: str):
     """Say a part of a reply, or ask for patience if there is nothing new. When Twilio has spoken
-    it, it follows the redirect; Claude writes on in the meantime. Callers can't interrupt this:
-    after a <Gather>, Twilio would wait for them first. Mostly this is just the first sentence."""
+    it, it follows the redirect; Claude writes on in the meantime. Callers can't interrupt it: a
+    <Gather> would then wait for words. Mostly it is just the first sentence."""
     response, waited = VoiceResponse(), 0 if text else number_in_url("waited") + 1
     response.verbs += line.speak(text or ONE_MOMENT[(waited - 1) % len(ONE_MOMENT)])
     response.redirect(url("talking", turn=turn, heard=heard + len(text), waited=waited),
@@ -242,14 +241,14 @@ def url(view: str, **query) -> str:
 # Platforms put one proxy before the app: take scheme and host from its headers. Forging them is
 # useless, since the signature covers the real URL.
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)  # type: ignore[method-assign]
-app.url_map.sort_parameters = True  # some proxies sort a URL's parameters, which Twilio has signed
+app.url_map.sort_parameters = True  # or a proxy that sorts them breaks the signature
 app.config["MAX_CONTENT_LENGTH"] = 32 * 1024  # bytes; a minute of speech is 12 kB at most
 NOT_THE_CALLER = {"twilio.status_callback"}  # requests that don't come from the caller's phone
 
 
 @twilio.before_request
 def only_twilio():
-    """Twilio posts forms and signs them with the account's auth token. A stranger could spend the
+    """Twilio signs its forms with the account's auth token. Otherwise strangers could spend the
     owner's money (https://www.twilio.com/docs/usage/security#validating-requests)."""
     base = settings.public_url or f"{request.scheme}://{request.host}"
     if request.path == "/" and request.method != "POST" and "CallSid" not in request.args:
@@ -258,15 +257,15 @@ def only_twilio():
     if not token:  # the validator would accept an empty one
         log.warning("403: set TWILIO_AUTH_TOKEN, and Twilio's requests will be answered")
         abort(403)
-    # As it was sent: ``request.url`` has some %-escapes undone. gunicorn knows it as RAW_URI.
+    # The URL as sent (gunicorn's RAW_URI): in ``request.url``, some %-escapes are decoded.
     sent = urlsplit(request.environ.get("RAW_URI") or request.full_path)
     called = base + sent._replace(scheme="", netloc="").geturl()
     try:
         is_signed = RequestValidator(token).validate(called, request.form, signature)
-    except ValueError:  # a forged X-Forwarded-Host makes no URL
+    except ValueError:  # a forged host gives an invalid URL
         is_signed = False
     if not is_signed:
-        log.warning("403 for %s: wrong signature; is the token right, and PUBLIC_URL?",
+        log.warning("403 for %s: wrong signature; are token and PUBLIC_URL right?",
                     called.partition("?")[0][:200])
         abort(403)
     with contextlib.suppress(StoreError):  # any request cleans up
@@ -334,7 +333,7 @@ def page(base: str):
 
 
 def announce() -> None:
-    """Tell the log in one line what runs here, and what the owner may have missed."""
+    """Log the settings, and warn of those that the owner may have missed."""
     count = len(settings.allowed_callers)
     who = f"{count} number{'s' * (count > 1)}" if count else "everyone"
     log.info("Voice Claude: model %s, effort %s, database %s, calls from %s, %d turns a call, "
@@ -345,13 +344,13 @@ def announce() -> None:
     if not line.claude:
         log.warning("ANTHROPIC_API_KEY is not set: the line repeats what it hears")
     if not settings.allowed_callers and not line.locked:
-        log.warning("ALLOWED_CALLERS is not set: whoever dials the number talks at your expense")
+        log.warning("ALLOWED_CALLERS is not set: anyone can call at your expense")
 
 
 # --- Settings -------------------------------------------------------------------------------------
 def setting(default: Any, pattern: str, takes: str, clean: Callable = str, make: Callable = str):
     """A field of a dataclass: the environment variable with the same name in capitals. ``takes``
-    says what the pattern accepts; ``clean`` works before it, ``make`` after it. Empty is unset."""
+    describes the pattern; ``clean`` runs before it, ``make`` after it. Empty counts as unset."""
     return field(default=default, metadata=dict(
         pattern=pattern, takes=takes, clean=clean, make=make))
 
@@ -370,7 +369,7 @@ def read_settings(kind: Any, environ: Any) -> Any:
 
 
 def plain_number(written: str) -> str:
-    """A phone number, or several, without blanks, hyphens and invisible characters of all kinds."""
+    """A phone number, or several, without blanks, hyphens, dots, brackets and the like."""
     text = unicodedata.normalize("NFKC", written).replace("(0)", "")
     return "".join(each for each in text if each not in "()./\u2212"
                    and unicodedata.category(each) not in ("Zs", "Cc", "Cf", "Pd"))
@@ -378,10 +377,10 @@ def plain_number(written: str) -> str:
 
 OFF = ("", "no", "0")  # values that leave an optional feature off
 NUMBER = r"\+[1-9][0-9]{6,14}"  # as Twilio writes one (https://www.itu.int/rec/T-REC-E.164)
-# What stands for a withheld number: ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN, on the
-# keys of a telephone.
+# Codes for a withheld number: ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN, spelled on
+# the keys of a phone.
 WITHHELD = {"+266696687", "+2562533", "+7378742833", "+86282452253", "+8656696"}
-# A value in quotes, or "...", was pasted by mistake: no pattern accepts it.
+# A quoted value, or a bare "...", was pasted by mistake: these patterns don't accept it.
 TEXT = r"""(?s)(?!(["']).*\1$).*\w.*""", "words, without quotes around them"
 KEY = r"(?!.*\.\.)[\w.:~+/-]+=*", "the key as you got it"
 ADDRESS = r"https?://(\w[\w.-]*|\[[\da-f:]+])(:\d+)?(/[\w./~%-]*)?", "an address: https://host/path"
@@ -432,7 +431,7 @@ try:
     settings: Settings = read_settings(Settings, os.environ)
     try:
         line = Line(settings, speak=say)
-    except Exception as error:  # in what the HTTP client reads for itself; it may quote a secret
+    except Exception as error:  # a proxy or SSL variable is wrong; the error may quote a secret
         names = [name for name in os.environ if re.search("(?i)_proxy$|^ssl_cert", name)]
         raise ValueError(f"{type(error).__name__} because of {' or '.join(names)}") from None
     if os.path.isdir(os.path.join(app.root_path, "extras")):
@@ -446,5 +445,5 @@ try:
     line.store = store(settings.database_url)
 except ValueError as error:
     print(f"Voice Claude can't start: {error}.", file=sys.stderr)
-    sys.exit(4)  # gunicorn knows by this status that it need not try again
+    sys.exit(4)  # this status tells gunicorn not to try again
 app.register_blueprint(twilio)  # last, since Flask adds no hooks to it afterwards

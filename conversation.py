@@ -2,7 +2,7 @@
 
     call = Conversation(call_sid, line)
     turn = call.caller_said("Hello?", delivery, spoke_at)  # Claude begins to write, in a thread
-    text, stop = call.reply(turn)                          # what there is of the reply so far
+    text, stop = call.reply(turn)                          # the reply so far
 
 A Conversation keeps nothing in memory: the reply is a row in the store, to which a Writer appends
 whole sentences in its own thread. So any process can go on where another one stopped. The webhook
@@ -32,10 +32,10 @@ from store import SIGN_OF_LIFE, StoreError, what_was_heard
 log = logging.getLogger("voice-claude")
 
 # --- The conversation -----------------------------------------------------------------------------
-PATIENCE = 6.0  # seconds until "One moment.": Twilio waits 15, and a start of the app may take 4
-TIMEOUT = 30.0  # seconds for the next sentence: the caller has heard four fillers by then
-STALLED = 10.0  # seconds without a sign of life, after which the process that wrote a reply is dead
-MOST_WAITS = 9  # times "One moment." in a row, after which nothing more will come
+PATIENCE = 6.0  # seconds until "One moment.": Twilio waits 8 for one try, and 15 for all tries
+TIMEOUT = 30.0  # seconds for the next sentence: "One moment." has come 4 times by then
+STALLED = 10.0  # seconds without a sign of life, after which a reply's process counts as dead
+MOST_WAITS = 9  # times "One moment." in a row; then the reply counts as stalled
 
 
 @dataclass
@@ -56,15 +56,15 @@ class Conversation:
         return turn
 
     def reply(self, turn: int, heard: int = 0, waited: int = 0) -> tuple[str, str | None]:
-        """Wait for more of a reply than the ``heard`` characters that Twilio has, or for its end,
-        at most for PATIENCE. ``waited``: how often in a row nothing came. Returns the new text, and
-        how the reply ended (``stop``), or None if more may come."""
+        """Wait, at most for PATIENCE, until a reply has ended, or has more characters than the
+        ``heard`` that Twilio got. ``waited``: how often in a row nothing came. Returns the
+        new text, and how the reply ended (``stop``), or None if more may come."""
         until, store = time.monotonic() + PATIENCE, self.line.store
         while row := store.wait(self.call_sid, turn, heard):  # it returns after a second at most
             if row["stop"] or len(row["reply"]) > heard or time.monotonic() >= until:
                 return row["reply"][heard:], row["stop"]
             if time.time() > row["touched"] + STALLED or waited >= MOST_WAITS:
-                store.grow(row["id"], "", stop="stalled")  # which the next round returns
+                store.grow(row["id"], "", stop="stalled")  # the next round returns it
         return "", "lost"  # there is no such turn: the disk was wiped
 
 
@@ -75,7 +75,7 @@ running = threading.local()  # in a tool's thread: ``running.writer`` is the Wri
 
 
 class Ending(str):
-    """A tool returns this to end the reply: it is the ``stop``."""
+    """A tool returns this as a ``stop``: it ends the reply."""
 
 
 @anthropic.beta_tool
@@ -100,17 +100,17 @@ def clock(time_zone: str = "") -> str:
 TOOLS: list = [hang_up, clock]
 
 # --- The writing of a reply -----------------------------------------------------------------------
-MAX_TOKENS = 2000  # for one answer: ten minutes of talk. Thinking counts too, so not less
+MAX_TOKENS = 2000  # per answer: ten minutes of talk; not less, since thinking counts, too
 MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, in case a server never stops; a token has 4 or 5
-MOST_ROUNDS = 6  # of tools in one reply: enough for any errand, and an end to running in circles
+MOST_ROUNDS = 6  # of tool use in one reply: enough for any task, but no endless loop
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
-# A hang-up is noticed a second after a sentence: "forget me" just before it is still obeyed.
+# For 1 s after a sentence, a hang-up is ignored, so that a last "forget me" still works.
 NOTICED = TIMEOUT - SIGN_OF_LIFE
-BATCH, READ = 0.25, 0.02  # seconds to let tokens pile up and to read: it takes half the CPU
+BATCH, READ = 0.25, 0.02  # seconds to let tokens pile up, and to read them: this halves the CPU use
 
 
 class CallerGone(Exception):
-    """Nobody waits for this reply any more: the caller has hung up or gone on."""
+    """Nobody needs this reply any more: the caller hung up or spoke again."""
 
 
 # Claude, the network or the store failed, an answer makes no sense, or the caller is gone. All
@@ -122,7 +122,7 @@ EXPECTED = (anthropic.AnthropicError, httpx2.HTTPError, EOFError, OSError, Value
 class Writer:
     """Writes Claude's reply to one turn, in a thread of its own. The text is in the store."""
 
-    unfinished = mark = ""  # the beginning of a sentence; a sign that an extra puts before it
+    unfinished = mark = ""  # an incomplete sentence; a mark that an extra puts before it
     kept = written = tokens_in = tokens_out = 0  # stored sentences; characters of this answer
     first_ms, request_id, trouble = None, None, ""  # trouble: why the end could not be stored
 
@@ -141,7 +141,7 @@ class Writer:
         except Exception as error:  # whatever it is, somebody waits, so the reply has to end
             stop = describe(error)
             if isinstance(error, StoreError):
-                self.unfinished = ""  # it may be stored all the same
+                self.unfinished = ""  # or it may be stored twice
             if not isinstance(error, EXPECTED):
                 log.exception("%s", self.name)
         for _ in range(2):  # tries to store the last sentence, and how the reply ended
@@ -181,7 +181,7 @@ class Writer:
         return "end_turn without words" if no_words else stop
 
     def ask(self, messages: list, tool_choice: Any, attempt: int = 0) -> tuple[list[dict], str]:
-        """Ask Claude. If that fails before the caller has heard or missed anything, ask again."""
+        """Ask Claude. If that fails within PATIENCE, before a new sentence, ask again."""
         until, kept = time.monotonic() + PATIENCE, self.kept
         while True:
             try:
@@ -205,17 +205,17 @@ class Writer:
                 tools=tools, tool_choice=tool_choice, messages=messages, **self.line.request
         ) as response:
             self.request_id, body = response.request_id, response.http_response.iter_bytes()
-            # Raw events: typed ones take half as much CPU again, and hide the pings.
+            # Raw events: typed ones take 50% more CPU, and hide the pings.
             stream: Any = SimpleNamespace(iter_bytes=lambda: self.pieces(body))
             for raw in anthropic.Stream.raw_events(stream):
                 event: Any = raw.json() if raw.data.strip() else {}
                 kind = event.get("type", raw.event)
                 if kind == "message_start":
-                    counts = event["message"].get("usage") or {}  # the cache has its own counts
+                    counts = event["message"].get("usage") or {}  # cached tokens count, too
                     self.tokens_in += sum(n or 0 for name, n in counts.items() if "input" in name)
                 elif kind == "content_block_start":
                     block = blocks[event["index"]] = event["content_block"]
-                    self.deadline = time.monotonic() + TIMEOUT  # a search may take long
+                    self.deadline = time.monotonic() + TIMEOUT  # a web search may take long
                     if block["type"].endswith("tool_use") and self.unfinished:
                         self.keep(self.unfinished)  # the caller hears it while the tool runs
                         self.unfinished = ""
@@ -242,7 +242,7 @@ class Writer:
             if time.monotonic() > self.deadline - NOTICED and self.row_id not in store.growing:
                 raise CallerGone
             if time.monotonic() > self.deadline or self.written > MOST_CHARACTERS:
-                raise TimeoutError  # bytes may come, but no end of a sentence, or no end at all
+                raise TimeoutError  # no sentence has ended in time, or the answer is too long
             yield piece
             if self.kept > kept and time.monotonic() > until and self.row_id not in store.awaited:
                 time.sleep(BATCH)  # a sentence is there, and nobody waits for more
@@ -275,10 +275,10 @@ class Writer:
             try:
                 result = self.tools[name].call(tool_input)
                 results.append((result if isinstance(result, str) else str(result), "ok"))
-            except BaseException as error:  # Claude is told, and the call goes on
+            except BaseException as error:  # tell Claude instead of failing
                 results.append((f"{type(error).__name__}: {error}", type(error).__name__))
 
-        thread = threading.Thread(target=call, daemon=True)  # which may run for ever
+        thread = threading.Thread(target=call, daemon=True)  # it may run for ever
         thread.start()
         while thread.is_alive() and time.monotonic() < began + TOOL_TIMEOUT:
             thread.join(SIGN_OF_LIFE)
@@ -302,7 +302,7 @@ def drain(response: httpx2.Response, body: Iterator[bytes]) -> None:
 
 
 def grow_block(block: dict, delta: dict) -> None:
-    """Add what an event brought to a block of Claude's message."""
+    """Add an event's delta to a block of Claude's message."""
     for name in {"text", "thinking", "signature", "partial_json"} & delta.keys():
         block[name] = block.get(name, "") + delta[name]
     if "citation" in delta:
@@ -320,9 +320,9 @@ def finish_block(block: dict) -> dict:
 
 
 # --- What Claude is sent --------------------------------------------------------------------------
-# Claude is sent between 20 and 40 turns: turn 45 with turns 21 to 44, and so on to turn 60, while
-# turn 61 begins at 41. In between, the messages only grow at their end, as prompt caching needs.
-HISTORY_STEP = 20  # turns: five minutes of talk, too recent to be forgotten
+# Claude is sent 21 to 40 turns: in turns 41 to 60, those since 21; in turns 61 to 80, since 41.
+# In between, the messages only grow at their end, as prompt caching needs.
+HISTORY_STEP = 20  # turns: Claude always sees the last five minutes
 
 
 def recent(call_sid: str, turns: list[dict]) -> list[dict]:
@@ -343,7 +343,7 @@ def as_messages(turns: list[dict]) -> list[dict]:
 
 
 # --- The way to Claude ----------------------------------------------------------------------------
-# Errors that another try would meet again: https://docs.claude.com/en/api/errors
+# Errors that another try won't fix: https://docs.claude.com/en/api/errors
 OUR_FAULT = ("invalid_request_error", "authentication_error", "permission_error", "not_found_error",
              "request_too_large", "billing_error")
 
@@ -372,7 +372,7 @@ def describe(error: BaseException) -> str:
 
 
 class Line:
-    """The phone line: what all its calls share. Extras may replace the three functions."""
+    """What all calls share. Extras may replace ``speak``, ``history`` and ``pause_after``."""
 
     def __init__(self, settings: Any, speak: Callable):
         self.settings, effort = settings, {"effort": settings.claude_effort}
@@ -392,25 +392,25 @@ class Line:
             cache_control={"type": "ephemeral"}, stream=True)
         self.speak, self.history, self.pause_after = speak, recent, pause_after
         self.store: Any = None  # a store.Store, set at the end of app.py
-        self.locked = False  # whether something else than ALLOWED_CALLERS keeps strangers out
+        self.locked = False  # whether an extra, like the PIN, keeps strangers out
         self.extras: list[str] = []  # the active ones, for the log
 
 
 # --- Sentences, and text that can be spoken -------------------------------------------------------
-# The end of a sentence: a full stop, closing quotes or brackets, and white space; a full stop of a
-# script that puts no space there; or the end of a line. Not after "Mr.", nor after an initial.
+# The end of a sentence: a ".", "!" or "?", any closing quotes or brackets, and white space; "。"
+# and the like, with or without a space; or "\n". Not after "Mr.", nor after an initial.
 SENTENCE_END = re.compile(
     r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)
     [.!?…][.!?…"'”’)\]*_]{0,9}(?=\s) | [。！？।؟] | \n""", re.VERBOSE)
-MARKUP = r"(?s)<(function_calls|invoke|thinking|antml:\w+)\b.*?(</\1>|\Z)"  # strays into the text
-NO_END_IN = re.compile(MARKUP + r"|\[[^\[\]]{0,300}\Z")  # nor in [a link](...) that has just begun
+MARKUP = r"(?s)<(function_calls|invoke|thinking|antml:\w+)\b.*?(</\1>|\Z)"  # may leak into the text
+NO_END_IN = re.compile(MARKUP + r"|\[[^\[\]]{0,300}(?:\Z|\](?:\([^()]{0,300}(?:\)|\Z))?)")  # links
 SHORTEST_SENTENCE = 12  # like "Well, hello.": it takes a second to say, and more must come by then
 LONGEST_SENTENCE = 300  # 20 seconds of talk; then the cut is made between two words
 
 
 def end_of_sentences(text: str) -> int:
     """Where the last complete sentence of a text ends; 0 if there is none yet."""
-    text = NO_END_IN.sub(lambda found: "_" * len(found[0]) if found[2] else "", text)
+    text = NO_END_IN.sub(lambda found: "_" * len(found[0]) * (found.end() < len(text)), text)
     end = max((sentence.end() for sentence in SENTENCE_END.finditer(text)), default=0)
     if len(text) - end > LONGEST_SENTENCE:
         between_words = text.rfind(" ", end + SHORTEST_SENTENCE)
@@ -418,33 +418,33 @@ def end_of_sentences(text: str) -> int:
     return end if end >= SHORTEST_SENTENCE else 0
 
 
-# What a voice would read out as noise, and its replacement, in this order; all in linear time.
+# Noise for a listener, and its replacement, in this order; all patterns take linear time.
 UNSPEAKABLE = [
     (MARKUP, ""),
-    (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; its lines stay
+    (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; the code stays
     (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the one under the head of a table
     (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link: its words stay,
     (r"https?://(?:www\.)?([^\s/<>()\[\]]+)(?:/[^\s<>()\[\]]*[\w/])?", r"\1"),  # or its host
     (r"</?(?:a|b|br|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|su[bp]|u|ul)\b[^<>]*>", " "),
     (r"(?m)^[ \t]*(?:#{1,6}|>+|[-*+•])[ \t]+", ""),  # before a heading, a quote, a list's item
-    (r"(?m)^[ \t]*\||\|[ \t]*$", ""),  # the edges of a table, and then its inner lines
+    (r"(?m)^[ \t]*\||\|[ \t]*$", ""),  # the edges of a table, then its inner borders
     (r"(?<![ \t])[ \t]*\|[ \t]*", ", "),
-    (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),  # 2 * 3 is a product, and 2**3 a power;
-    (r"(?<=\d)[ \t]*\*\*[ \t]*(?=\d)", " ^ "),  # every other star is emphasis
+    (r"(?<=\d)[ \t]*\*[ \t]*(?=\d)", " × "),  # 2 * 3 is a product,
+    (r"(?<=\d)[ \t]*\*\*[ \t]*(?=\d)", " ^ "),  # and 2**3 a power; other stars are emphasis
     (r"[*`]|~~|(?<!\w)_+|(?<!_)_+(?!\w)|\\(?=[^\w\s]|_)", ""),
-    # arrows, boxes and emoji, with what joins and colours them; not °, ≤ and others with a name
+    # arrows, boxes and emoji, with joiners and colours; not °, ≤ and others that voices can say
     ("[\u2190-\u21ff\u2300-\u245f\u2500-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff]"
      "\u200d?", " "),
     ("[\u20e3\ufe0f\U000e0000-\U000e007f]\u200d?", ""),
     # XML can't hold control characters (https://www.w3.org/TR/xml/#charsets): Twilio would end the
-    # call with error 12100. Private ones, from U+E000 to U+F8FF, are signs of extras.
+    # call with error 12100. Only extras may use U+E000 to U+F8FF, for marks.
     ("[^\t\n\r\u0020-\ud7ff\uf900-\ufffd\U00010000-\U0010ffff]", ""),
-    (r"(?<=\w)[ \t]*\n\s*", ". "),  # a line without a full stop ends a thought all the same
+    (r"(?<=\w)[ \t]*\n\s*", ". "),  # "\n" without a full stop still ends a thought
     (r"\s+", " ")]
 
 
 def speakable(text: str) -> str:
-    """The words of a text, without what is only for the eye: markdown, links, emoji."""
+    """The words of a text, without markdown, links, emoji and the like."""
     for pattern, replacement in UNSPEAKABLE:
         text = re.sub(pattern, replacement, text)
     return text.strip()

@@ -1,4 +1,4 @@
-"""The words of every call, in one SQLite file, for as long as the call lasts.
+"""The words of every call, in one SQLite file, until the call is over.
 
 A call has a row in ``calls``, and each of its turns a row in ``turns``: what the caller said, and a
 reply that grows sentence by sentence while Claude writes it. Any process that can open the file can
@@ -44,10 +44,10 @@ CREATE TABLE IF NOT EXISTS calls (
     ended      DOUBLE PRECISION,                     -- NULL while the call goes on
     keep       INTEGER NOT NULL DEFAULT 0,           -- seconds to keep the words after the call
     forget_at  DOUBLE PRECISION NOT NULL,            -- when the words are deleted
-    forgotten  INTEGER NOT NULL DEFAULT 0            -- 1 from then on, for one day
+    forgotten  INTEGER NOT NULL DEFAULT 0            -- 1 once they are deleted
 );
 CREATE TABLE IF NOT EXISTS turns (
-    id         INTEGER PRIMARY KEY AUTOINCREMENT,    -- the number of a deleted row never comes back
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,    -- a deleted row's id is never reused
     call_sid   TEXT NOT NULL REFERENCES calls ON DELETE CASCADE,
     turn       INTEGER NOT NULL,                     -- 1, 2, 3 ... within the call
     delivery   TEXT,                                 -- Twilio's idempotency token
@@ -56,8 +56,8 @@ CREATE TABLE IF NOT EXISTS turns (
     reply      TEXT NOT NULL DEFAULT '',             -- what Claude has written, ready to be spoken
     stop       TEXT,                                 -- how the reply ended, NULL while it grows
     touched    DOUBLE PRECISION NOT NULL,            -- the last sign of life of its Writer
-    last_part  INTEGER,                              -- where the last part begins, and when Twilio
-    given_at   DOUBLE PRECISION,                     -- was given it: the caller may interrupt it
+    last_part  INTEGER,                              -- where the last part of the reply begins
+    given_at   DOUBLE PRECISION,                     -- when Twilio got it; it is interruptible
     tokens_in  INTEGER NOT NULL DEFAULT 0, tokens_out INTEGER NOT NULL DEFAULT 0,
     UNIQUE (call_sid, turn),
     UNIQUE (call_sid, delivery)
@@ -70,7 +70,7 @@ CREATE INDEX IF NOT EXISTS calls_due ON calls (forgotten, forget_at)
 class Store:
     """All calls, in the file at the path of a URL like ``sqlite:///calls.db``. All methods may
     raise StoreError. A process has one connection, which its threads use one after the other. It
-    is opened when it is first needed: a process that is forked before that can't share it."""
+    is opened when it is first needed, so that forked processes don't share it."""
 
     # Tables of extras, as {name: columns after call_sid}. A row is deleted with its call's words.
     extra_tables: dict[str, str] = {}
@@ -80,11 +80,11 @@ class Store:
         self._lock = threading.RLock()
         self._database: sqlite3.Connection | None = None
         self._file: tuple | None = None  # the file that the connection has open
-        self.growing: set[int] = set()  # the replies that this process writes, and should go on
+        self.growing: set[int] = set()  # ids of replies that this process is still writing
         self.awaited: dict[int, threading.Event] = {}  # the replies that its threads wait for
         self._life = threading.Thread()
         self._over: set[str] = set()  # calls whose end is reported, and not stored yet
-        self.log_holds_words = True  # an earlier process may have left deleted words there
+        self.wal_holds_words = True  # an earlier process may have left deleted words in it
         self._begin_afresh()
 
     # --- A turn, in the order in which things happen
@@ -97,7 +97,7 @@ class Store:
     def turn(self, call_sid: str, delivery: str | None, words: str, spoke_at: float,
              most: int, most_today: int) -> tuple[int, int | None]:
         """Store what the caller said as a new turn. If an earlier reply of this call still grows,
-        it ends there: the caller has gone on. Raises CallIsOver and NoTurnIsLeft.
+        it ends now: the caller has spoken again. Raises CallIsOver and NoTurnIsLeft.
 
         Args:
             delivery: Twilio's ``I-Twilio-Idempotency-Token``, or None. Twilio may deliver a webhook
@@ -143,8 +143,8 @@ class Store:
                         time.time() - A_DAY)[0]["turns"]
 
     def turns(self, call_sid: str, last_id: int = 2**62) -> list[dict[str, Any]]:
-        """The turns of a call before the row with this id, and this row (which an extra may keep
-        elsewhere until it is sure of it). Turns whose words are deleted are left out."""
+        """The turns of a call up to the row with this id (even if an extra stored it with
+        another call_sid). Turns whose words are deleted are left out."""
         rows = self.sql("SELECT * FROM turns WHERE (call_sid = ? AND id < ? OR id = ?)"
                         " AND words <> '' ORDER BY id", call_sid, last_id, last_id)
         return [dict(row, call_sid=call_sid) for row in rows]
@@ -166,7 +166,7 @@ class Store:
         return grew
 
     def _show_life(self) -> None:
-        """Other processes, and the next one after this, can tell whose replies still grow."""
+        """Show other processes, once a second, which replies are still being written."""
         while True:
             time.sleep(SIGN_OF_LIFE)
             with contextlib.suppress(StoreError):
@@ -190,7 +190,7 @@ class Store:
         return None
 
     def give(self, call_sid: str, turn: int, last_part: int) -> None:
-        """Note that Twilio is now given the last part of a reply, from this character on."""
+        """Store that Twilio now gets the last part of a reply, from this character on."""
         self.sql("UPDATE turns SET last_part = ?, given_at = ? WHERE call_sid = ? AND turn = ?",
                  last_part, time.time(), call_sid, turn)
 
@@ -207,8 +207,8 @@ class Store:
         return counts
 
     def sweep(self) -> None:
-        """Delete the words of every call whose time has come, and what is left of it a day later:
-        until then its turns count for ``turns_today``."""
+        """Delete the words of every call that is due, and its rows a day later: until then its
+        turns count for ``turns_today``."""
         over, now, due = list(self._over), time.time(), "forgotten = 0 AND forget_at <= ?"
         if over or self.sql(f"SELECT 1 FROM calls WHERE {due} OR forgotten = 1 AND forget_at <= ?"
                             " LIMIT 1", now, now - A_DAY):
@@ -226,8 +226,8 @@ class Store:
                 self.sql(f"UPDATE calls SET forgotten = 1 WHERE {due}", now)
                 self.sql("DELETE FROM calls WHERE forgotten = 1 AND forget_at <= ?", now - A_DAY)
             self._over.difference_update(over)
-            self.log_holds_words = True  # SQLite's write-ahead log: they would stay for some time
-        if self.log_holds_words:
+            self.wal_holds_words = True  # SQLite's write-ahead log keeps them for some time
+        if self.wal_holds_words:
             self._empty_log()
 
     def check(self) -> None:
@@ -271,7 +271,7 @@ class Store:
         try:
             yield self._database or self._open()
         except sqlite3.Error as error:
-            self._give_up_on(error)  # which rolls back
+            self._give_up_on(error)  # this rolls back
             raise type(error)(f"{str(error).partition(': /')[0]}: {self.path}") from error
         finally:
             self._lock.release()
@@ -279,7 +279,7 @@ class Store:
     def _open(self) -> sqlite3.Connection:
         """Make the connection of this process, and the tables if there are none."""
         self._file, folder = which_file(self.path), os.path.dirname(os.path.abspath(self.path))
-        with contextlib.suppress(OSError):  # if there can be no folder, SQLite says so next
+        with contextlib.suppress(OSError):  # if that fails, SQLite says so next
             os.makedirs(folder, exist_ok=True)
         self._database = database = sqlite3.connect(
             self.path, timeout=LOCK_PATIENCE,
@@ -289,7 +289,7 @@ class Store:
         database.execute("PRAGMA foreign_keys = ON")
         # Deleted words are overwritten with zeros, instead of only being marked as deleted.
         database.execute("PRAGMA secure_delete = ON")
-        # Three times as fast. A killed process loses nothing; only a power failure could.
+        # Three times as fast. Only a power failure can lose words, a killed process can't.
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("BEGIN IMMEDIATE")  # one process makes the tables, the others wait
         for statement in SCHEMA.split(";\n"):
@@ -299,7 +299,7 @@ class Store:
                              f" REFERENCES calls ON DELETE CASCADE, {columns})")
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
-        # In WAL mode, a backup that reads the file holds up no call. The file keeps the mode.
+        # In WAL mode, a backup that reads the file delays no call. The file keeps the mode.
         if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal" and wal_works(folder):
             with contextlib.suppress(sqlite3.OperationalError):  # in use: the next process does it
                 database.execute("PRAGMA journal_mode = WAL")
@@ -312,10 +312,10 @@ class Store:
                 self._database.execute("PRAGMA busy_timeout = 0")  # don't wait for a backup
                 busy = self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                 self._database.execute(f"PRAGMA busy_timeout = {1000 * LOCK_PATIENCE:.0f}")
-                self.log_holds_words = bool(busy)  # then the next sweep tries again
+                self.wal_holds_words = bool(busy)  # if it was busy, the next sweep tries again
 
     def _give_up_on(self, error: sqlite3.Error) -> None:
-        """Close a connection that failed: as soon as the disk works, a new one will, too. If the
+        """Close a connection that failed: a new one works as soon as the disk does. If the
         file is corrupted, put it aside, and let the calls go on in a new one."""
         self._close()
         if type(error) is sqlite3.DatabaseError and self._file == which_file(self.path):
@@ -330,16 +330,16 @@ class Store:
         self._database = None
 
     def _begin_afresh(self) -> None:
-        """Delete a file of another version. That may cost a call in progress; but if there are
-        words that the owner keeps, it raises a ValueError."""
+        """Delete a file of another version. That may end a call in progress. If the owner keeps
+        words in the file, raise a ValueError instead."""
         with contextlib.suppress(sqlite3.Error), contextlib.closing(
                 sqlite3.connect(f"file:{self.path}?mode=rw", uri=True)) as database:
             if database.execute("PRAGMA user_version").fetchone()[0] in (0, VERSION):
                 return
             if database.execute("SELECT 1 FROM turns WHERE words <> '' AND touched < ?",
                                 [time.time() - TWO_HOURS]).fetchone():
-                raise ValueError(f"{self.path} holds words that another version of this app"
-                                 " keeps. Move it away, or set another DATABASE_URL")
+                raise ValueError(f"{self.path} holds words kept by another version of this"
+                                 " app. Move it away, or set another DATABASE_URL")
             os.remove(self.path)
 
 
@@ -351,7 +351,7 @@ def which_file(path: str) -> tuple[int, int] | None:
 
 def wal_works(folder: str) -> bool:
     """Whether SQLite's WAL mode works in a folder. On disks that can't share memory, like WSL's
-    /mnt/c, SQLite switches to it all the same, and then can't use the file or switch back."""
+    /mnt/c, SQLite still switches to it, and then can't use the file or switch back."""
     with contextlib.suppress(sqlite3.Error, OSError):
         with tempfile.TemporaryDirectory(dir=folder) as scratch, contextlib.closing(
                 sqlite3.connect(f"{scratch}/test.db")) as database:
@@ -361,18 +361,18 @@ def wal_works(folder: str) -> bool:
     return False
 
 
-MARKS = re.compile("[\ue000-\uf8ff]")  # signs of extras, which nobody hears
+MARKS = re.compile("[\ue000-\uf8ff]")  # marks of extras, which nobody hears
 
 
 def what_was_heard(turns: list[dict]) -> Iterator[tuple[dict, str, str]]:
     """Each turn, what the caller heard of its reply, and the rest. Twilio doesn't say when a caller
-    interrupts, so this goes by the time from the moment when Twilio was given the last part until
-    the caller spoke again. When in doubt, all of it was heard."""
+    interrupts, so this is estimated from the time between giving Twilio the last part and the
+    caller's next words. When in doubt, all of it was heard."""
     for turn, later in zip(turns, [*turns[1:], None]):
         reply, begins, cut = turn["reply"], turn["last_part"], len(turn["reply"])
         if later and begins is not None:
             words = list(re.finditer(r"\S+\s*", reply[begins:]))
             count = max(0, round((later["spoke_at"] - turn["given_at"]) * SPEAKING_RATE))
-            if count < len(words) - max(5, len(words) / 4):  # the estimate is no better than that
+            if count < len(words) - max(5, len(words) / 4):  # the estimate can be this far off
                 cut = begins + (words[count - 1].end() if count else 0)
         yield turn, MARKS.sub("", reply[:cut]), MARKS.sub("", reply[cut:])

@@ -45,7 +45,7 @@ In store.py:
     store.sql, .transaction for SQL of your own. It is a part of the core's transaction if there is
                             one. For Postgres, too: ``?`` for values only, no ``%``, and columns
                             of a row by their names
-    store.log_holds_words   set it when you delete words, and ``sweep`` empties the log they are in
+    store.wal_holds_words   set it when you delete words, and ``sweep`` empties the log they are in
 """
 
 import importlib

@@ -110,6 +110,6 @@ def forget_me() -> str:
                          f" THEN forget_at - keep ELSE ? END WHERE {theirs}",
                          [time.time(), call_sid, call_sid])
         database.execute(f"DELETE FROM callers WHERE {theirs}", [call_sid, call_sid])
-        store.log_holds_words = True
+        store.wal_holds_words = True
     store.sweep()
     return "What is known to be this caller's is deleted, and this call will be when it ends."

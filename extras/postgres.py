@@ -191,7 +191,7 @@ class PostgresStore(Store):
 
     def _empty_log(self) -> None:
         """How long deleted words stay somewhere is the server's business."""
-        self.log_holds_words = False
+        self.wal_holds_words = False
 
 
 def explain(error: Exception) -> str:

@@ -192,7 +192,7 @@ def activate(line) -> str | None:
     def delete_guesses(call_sid: str, but: str = "") -> None:
         if line.store.sql("DELETE FROM turns WHERE call_sid = ? AND delivery <> ?",
                           call_sid + "~", but):
-            line.store.log_holds_words = True
+            line.store.wal_holds_words = True
 
     @twilio.before_request
     def confirm() -> None:

@@ -5,6 +5,7 @@
     python -m tests.bench --callers 20,150        with so many callers
     python -m tests.bench --beside ../old         beside another version of the app, in that folder
     python -m tests.bench --callers-limit 2000    also looks for the most callers that are carried, up to that many
+    python -m tests.bench --chart docs/first-word.svg   also draws a chart of the time to the first word
     python -m tests.bench --think-ahead           what THINK_AHEAD gains and costs, in four minutes
     python -m tests.bench --profile               four quick listeners: the CPU of a turn, before and after a change
     python -m tests.bench --database postgres://user:password@host/name     with that beside SQLite: leaves its tables there
@@ -354,17 +355,21 @@ def table(lines, rounds, rate, limit):
         rounds: (callers, turns of each) pairs.
         rate: at which the callers listen; None lets them neither listen nor think.
         limit: look for the most callers, up to this many; None doesn't look.
+
+    Returns:
+        The medians of the time to the first word, in ms: a list with one for each line, by the number of callers.
     """
     ideals = [line.ideal for line in lines]
     row("", [line.name for line in lines], ["ideal", "ideal"])
     row("very first turn: first word, ms", [percentile(one.waits, 50) for one in measure(lines, 1, 1, None)], ideals)
-    spoilt, idle = [], None
+    spoilt, idle, medians = [], None, {}
     for callers, turns in rounds:
         # Few callers leave the machine idle enough for both lines at once, which saves half the time.
         groups = [lines] if callers <= 20 else [[line] for line in lines]
         measured = [one for group in groups for one in measure(group, callers, turns, rate)]
         row(f"callers: {callers}, turns: {callers * turns}")
         row("  first word, median, ms", [percentile(one.waits, 50) for one in measured], ideals)
+        medians[callers] = [percentile(one.waits, 50) for one in measured]
         row("  first word, 95th percentile, ms", [percentile(one.waits, 95) for one in measured], ideals)
         row("  longest gap inside a reply, ms", [one.gap for one in measured], [0, 0])
         row("  CPU a turn, ms", [one.cpu for one in measured])
@@ -375,6 +380,7 @@ def table(lines, rounds, rate, limit):
     most = [most_callers(line, quick, limit) if limit else "not measured" for line, quick in zip(lines, idle)]
     row("most callers within 0.1 s of an idle line", most)
     print("".join(spoilt), end="")
+    return medians
 
 
 def what_spoils(measured, callers, line):
@@ -407,12 +413,45 @@ def most_callers(line, idle, limit):
         callers = (carried + too_many) // 2 if too_many else min(2 * carried, limit)
 
 
+# --- The chart ----------------------------------------------------------------------------------------------------------
+
+
+def chart(medians, names):
+    """The time to the first word as an SVG: a group of bars for each number of callers.
+
+    Args:
+        medians: as ``table`` returns them.
+        names: of the lines.
+    """
+    colours, left, pixels, height = ("#b5431f", "#9a958c"), 130, 0.22, 26
+    widest = max(ms for row in medians.values() for ms in row if ms)
+    parts, y = [], 70
+    for callers, row in medians.items():
+        label = f"{callers} caller{'s' * (callers > 1)}"
+        parts.append(f'<text x="{left - 12}" y="{y + height + 4}" text-anchor="end">{label}</text>')
+        for ms, colour in zip(row, colours):
+            width = round((ms or 0) * pixels)
+            parts.append(f'<rect x="{left}" y="{y}" width="{width}" height="{height - 4}" fill="{colour}"/>')
+            parts.append(f'<text x="{left + width + 8}" y="{y + 16}">{(ms or 0) / 1000:.2f} s</text>')
+            y += height
+        y += 18
+    for nth, (name, colour) in enumerate(zip(names, colours)):
+        parts.append(f'<rect x="{left + 190 * nth}" y="38" width="14" height="14" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 190 * nth + 20}" y="50">{name}</text>')
+    size = f'width="{round(left + widest * pixels + 80)}" height="{y}"'
+    title = '<text x="12" y="22" font-weight="bold">Time from the caller\'s last word to the first word of the reply</text>'
+    style = 'font-family="sans-serif" font-size="14" fill="#222"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>',
+                      '<rect width="100%" height="100%" fill="#fff"/>', title, *parts, "</svg>\n"])
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="10 callers, one turn each")
     parser.add_argument("--callers-limit", type=int, metavar="N", help="look for the most callers, up to N: takes long")
     parser.add_argument("--callers", metavar="N,N", help="how many callers (default: 1,20,150)")
     parser.add_argument("--beside", metavar="FOLDER", help="compare the app in this folder, instead of not streaming")
+    parser.add_argument("--chart", metavar="FILE", help="draw a chart of the time to the first word, as SVG")
     parser.add_argument("--profile", action="store_true", help="24 turns in a minute, to compare the CPU of a turn")
     parser.add_argument("--database", metavar="URL", help="compare this Postgres with SQLite, instead of not streaming")
     parser.add_argument("--think-ahead", action="store_true", help="what THINK_AHEAD gains and costs")
@@ -446,14 +485,16 @@ def main():
             return table_ahead(lines, rounds, (options.partials, options.jitter))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="voice-claude-"))
         pathlib.Path(folder, "app.py").write_text(AWAITED)
-        lines = [Line("this line", ROOT, IDEAL, stack)]
+        lines = [Line("this app", ROOT, IDEAL, stack)]
         if options.beside:
             lines.append(Line("the other one", options.beside, IDEAL, stack))
         elif options.database:
             lines.append(Line("with Postgres", ROOT, IDEAL, stack, DATABASE_URL=options.database))
         else:
-            lines.append(Line("not streaming", folder, IDEAL_AWAITED, stack))
-        table(lines, rounds, rate, options.callers_limit)
+            lines.append(Line("whole reply", folder, IDEAL_AWAITED, stack))
+        medians = table(lines, rounds, rate, options.callers_limit)
+        if options.chart:
+            pathlib.Path(options.chart).write_text(chart(medians, [line.name for line in lines]))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ async function act(what, fields, title, said) {
   if (said) addToTalk("you", said);
   else addToTalk("aside", title);
   newTurn(title);
-  state("Twilio asks the line ...");
+  state("Twilio asks the app ...");
   const done = await post(what, { turn, ...fields });
   if (!done) notice("That came too late: the line was no longer listening.");
 }
@@ -178,7 +178,7 @@ const voice = {
     }
     sentence.item = addToTalk("line", sentence.text);
     sentence.item.classList.add("speaking");
-    state(sentence.cutIn ? "The line speaks. You can cut in." : "The line speaks.");
+    state(sentence.cutIn ? "The line speaks. You can interrupt it." : "The line speaks.");
     const done = () => {
       if (this.now !== sentence) return; // it was cut off
       clearTimeout(sentence.timer);
@@ -240,7 +240,7 @@ function secondsFor(text) {
 function whenQuiet() {
   if (voice.speaks()) return;
   if (!listening) {
-    if (call) state("Twilio waits for the line ...");
+    if (call) state("Twilio waits for the app ...");
     return;
   }
   if (silent) return staySilent();

@@ -8,7 +8,7 @@ A failure names the page and the line. Conversations on a page look like this, a
     (Claude is sent 3 messages.)  (Claude is sent the prompt and 1 message.)
     (Claude fails.)  (Claude writes nothing.)  (Claude takes its time.)
     (Claude says "..." and uses the tool clock.)
-    (A stranger asks for a reply, and gets 403.)  (You hang up, and all is forgotten.)
+    (A stranger asks for a reply, and gets 403.)  (You hang up, and the app deletes your words.)
     (You cut in, and Twilio delivers your words twice.)
 """
 
@@ -158,8 +158,8 @@ def request_in_words(request):
     prompt = "the prompt and " if request.body.get("system") else ""
     count = len(request.messages)
     cut_off = any(text.endswith("[cut off]") for _, text in request.messages)
-    with_its_own = ", with its own cut off" if cut_off else ""
-    return f"(Claude is sent {prompt}{count} message{'s' if count > 1 else ''}{with_its_own}.)"
+    own_is_cut = ", the one from Claude ends with [cut off]" if cut_off else ""
+    return f"(Claude is sent {prompt}{count} message{'s' if count > 1 else ''}{own_is_cut}.)"
 
 
 def count_turns(app, call_sid):
@@ -200,7 +200,7 @@ def replay(conversation, app, claude):
             heard = phone.call()
         elif line == "(The line hangs up.)":
             assert phone.ended == "hangup", where
-        elif line == "(You hang up, and all is forgotten.)":
+        elif line == "(You hang up, and the app deletes your words.)":
             assert count_turns(app, phone.call_sid) == 1, where
             phone.hang_up()
             assert count_turns(app, phone.call_sid) == 0, where
@@ -219,6 +219,6 @@ def replay(conversation, app, claude):
             assert result.partition(",")[0] in days and not failed, where
         elif line not in ONLY_IN_THE_SCRIPT:
             assert request_in_words(claude.requests[-1]) == line, where
-    over = lines[-1] in ("(The line hangs up.)", "(You hang up, and all is forgotten.)")
+    over = lines[-1] in ("(The line hangs up.)", "(You hang up, and the app deletes your words.)")
     assert (phone.ended is not None) == over, conversation
     assert phone.warnings == [], conversation

@@ -837,7 +837,7 @@ You are the caller. Type what you say and press Enter; or
     /5             press a key: 0 to 9, * or #; /55 presses two, one after the other
     /bye           hang up (so does Ctrl-D; Ctrl-C ends everything at once)
     /help          show this again
-While Claude talks you can cut in with Enter; what is said while the rest is still being written is heard to its end.
+While Claude talks, you can interrupt with Enter, except in the first sentences of a long reply.
 """
 KEYS = "0123456789*#"
 

@@ -66,7 +66,7 @@ def test_a_gateways_key_may_be_short(stage):
 
 
 def assert_that_it_is_logged(stage, cause, url):
-    """Nobody answers at this URL, and the log says why, in words that the README explains."""
+    """Nobody answers at this URL, and the log says why, in words that docs/trouble.md explains."""
     # If there is no name server, the resolver would look for it for a long time.
     settings = {"ANTHROPIC_BASE_URL": url, "RES_OPTIONS": "attempts:1 timeout:1"}
     with stage.other_app(module=FASTER, **settings) as app:
@@ -75,7 +75,7 @@ def assert_that_it_is_logged(stage, cause, url):
         assert phone.say("Anybody?").endswith(SORRY)
         wait_until(lambda: f"APIConnectionError ({cause})" in app.log())
         assert "Traceback" not in app.log()
-    assert f"`APIConnectionError ({cause})`" in (ROOT / "README.md").read_text()
+    assert f"`APIConnectionError ({cause})`" in (ROOT / "docs/trouble.md").read_text()
 
 
 @pytest.mark.parametrize("url, cause", [

@@ -46,7 +46,7 @@ def test_the_start_logs_one_line_on_what_runs(stage, tmp_path):
 
 def test_the_start_warns_of_an_open_line(stage):
     with stage.other_app() as app:
-        assert "WARNING ALLOWED_CALLERS is not set: whoever dials the number talks at your expense" in app.log()
+        assert "WARNING ALLOWED_CALLERS is not set: anyone can call at your expense" in app.log()
 
 
 def test_the_start_warns_of_a_missing_token_and_a_missing_key(bare):

@@ -157,7 +157,7 @@ def test_the_process_is_killed_while_the_first_sentence_is_spoken(stage):
 
 @pytest.mark.slow
 def test_a_new_worker_replaces_an_old_one_under_a_call(stage):
-    """As the README says: the new worker is there before the old one goes, and both use one socket."""
+    """As docs/deploying.md says: the new worker is there before the old one goes, and both use one socket."""
     stage.claude.when("Are you new?", Reply("Perhaps I am.", first_token=0.3))
     with stage.other_app(MAX_TURNS="9999", MAX_TURNS_A_DAY="9999") as app:
         phone = stage.phone(app)

@@ -1,7 +1,6 @@
 """The settings: their values and defaults, and what the start refuses."""
 
 import contextlib
-import sqlite3
 import time
 
 import pytest
@@ -114,44 +113,3 @@ def test_started_as_a_program_the_app_says_how_to_start_it(tmp_path):
     process = Forked(["app"], cwd=ROOT, env={}, log=tmp_path / "printed")
     assert process.wait(60) == 1
     assert (tmp_path / "printed").read_text() == "Start Voice Claude with: gunicorn app:app\n"
-
-
-# --- The file of another version ------------------------------------------------------------------
-
-
-OLD_TABLES = """
-    CREATE TABLE calls (call_sid TEXT PRIMARY KEY, touched DOUBLE PRECISION);
-    CREATE TABLE turns (
-        call_sid TEXT NOT NULL, turn INTEGER NOT NULL, delivery TEXT, words TEXT NOT NULL,
-        reply TEXT NOT NULL DEFAULT '', stop TEXT, touched REAL NOT NULL, PRIMARY KEY (call_sid, turn));
-    PRAGMA user_version = 1;
-"""
-
-
-def make_old_database(path, minutes):
-    """A database as an earlier version made it, with one turn that is so old."""
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript(OLD_TABLES)
-        turn = "CA1", 1, "a", "Hi, I am Bo.", "Hi Bo! ", "end_turn", time.time() - 60 * minutes
-        database.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?)", turn)
-        database.commit()
-
-
-def test_a_file_of_another_version_is_replaced(stage, claude, tmp_path):
-    path = tmp_path / "calls.db"
-    make_old_database(path, minutes=10)
-    with stage.other_app(DATABASE_URL=f"sqlite:///{path}") as app:
-        phone = stage.phone(app, CallSid="CA1")
-        phone.call()
-        assert phone.say("And now, in the new file?") == "You said: And now, in the new file?"
-        assert len(claude.asked("And now, in the new file?")[-1].messages) == 1
-        assert "Traceback" not in app.log()
-
-
-def test_a_file_of_another_version_that_keeps_words_stops_the_start_and_stays(stage, tmp_path):
-    path = tmp_path / "calls.db"
-    make_old_database(path, minutes=130)
-    before = path.read_bytes()
-    why = start_fails(stage.other_app(DATABASE_URL=f"sqlite:///{path}"))
-    assert "holds words that another version" in why
-    assert path.read_bytes() == before

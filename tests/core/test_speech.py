@@ -48,6 +48,7 @@ SPOKEN = {
     "```git pull``` gets the rest.": "git pull gets the rest.",
     "[Python](https://en.wikipedia.org/wiki/Python_(language)) is it.": "Python is it.",
     "[Is it on? Yes it is.](https://example.com/faq) So there.": "Is it on? Yes it is. So there.",
+    "Read [Hello there, world! And more](https://example.com/a) now.": "Read Hello there, world! And more now.",
     'Look <a href="https://x.example.com">here</a>.': "Look here .",
     "Type git commit <message> now.": "Type git commit <message> now.",
     f"It is {CLOCKS} nine o'clock.": "It is nine o'clock.",

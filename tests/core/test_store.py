@@ -628,7 +628,7 @@ def test_a_file_of_another_version_that_keeps_words_stops_the_start(stage, tmp_p
     file_of_another_version(path, minutes=130)
     before = path.read_bytes()
     why = start_fails(stage.other_app(DATABASE_URL=f"sqlite:///{path}"))
-    assert why.startswith(f"{path} holds words that another version of this app keeps")
+    assert why.startswith(f"{path} holds words kept by another version of this app")
     assert path.read_bytes() == before
 
 
@@ -831,7 +831,7 @@ def test_a_sentence_is_found_as_soon_as_it_is_written(elsewhere):
 
 # --- MAX_TURNS_A_DAY ------------------------------------------------------------------------------
 
-TOMORROW = "This line has talked so much today that it has to rest. Please try tomorrow. Goodbye!"
+TOMORROW = "This line has reached its limit for today. Please try again tomorrow. Goodbye!"
 REACHED = "WARNING MAX_TURNS_A_DAY is reached: callers are told to try tomorrow"
 
 

@@ -14,8 +14,8 @@ from tests.pages import Page, call, code_in, replay
 from tests.phone import ROOT
 from tests.stage import ForkedApp, wait_until
 
-PAGE = Page("README.md")
-PROGRAMS = ROOT / "tests/steps"
+PAGE = Page("docs/tutorial/README.md")
+PROGRAMS = ROOT / "docs/tutorial"
 FOLDERS = [PROGRAMS / str(number) for number in range(1, 17)]
 STEPS = [block for block in PAGE.blocks if block.language == "python" and block.heading[0].isdigit()]
 CONVERSATIONS = [block for block in PAGE.conversations() if block.heading[0].isdigit()]
@@ -56,24 +56,24 @@ def test_each_step_is_followed_by_a_conversation():
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_step_fits_on_a_page(folder):
     for name, lines in files_of(folder).items():
-        assert len(lines) <= 120, f"{folder.name}/{name}"
+        assert len(lines) <= 125, f"{folder.name}/{name}"
         assert max(map(len, lines)) <= 93, f"{folder.name}/{name}: with the mark, 100 columns"
 
 
 @pytest.mark.parametrize("folder", FOLDERS[1:], ids=lambda folder: folder.name)
 def test_the_new_lines_are_marked_and_no_others(folder):
     before = files_of(FOLDERS[FOLDERS.index(folder) - 1])
-    known = {line for lines in before.values() for line in lines}
+    known = {line.strip() for lines in before.values() for line in lines}
     new = 0
     for path in folder.glob("*.py"):
         source = path.read_text()
         unmarked = lines_in_strings(source)
         for number, line in enumerate(source.splitlines(), 1):
-            is_new = line.removesuffix(MARK) not in known
+            is_new = line.removesuffix(MARK).strip() not in known  # a line that is only indented isn't
             new += is_new
             marked = is_new and number not in unmarked
             assert line.endswith(MARK) == marked, f"{path}, line {number}"
-    assert new <= 25, folder
+    assert new <= 35, folder
 
 
 @pytest.mark.parametrize("step", STEPS[:4], ids=str)

@@ -481,7 +481,7 @@ def test_a_guess_counts_as_one_turn_of_the_day(stage, claude, dial, guessed):
             one.partial_result("what if there are none left", 9)
         time.sleep(1)  # no other call can make a guess now
         assert not claude.asked("what if there are none left")
-        assert "talked so much today" in phone.say("What if there are none left?")
+        assert "reached its limit for today" in phone.say("What if there are none left?")
         assert not claude.asked("What if there are none left?")
 
 

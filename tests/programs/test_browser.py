@@ -1,27 +1,18 @@
-"""The telephone in the browser, in a real one: Chromium without a window, driven by selenium.
-
-Tests with the fixture ``driver`` need that: apt-get install chromium chromium-driver && .venv/bin/pip install selenium
-"""
+"""The telephone in the browser, in a real one."""
 
 import contextlib
 import http.client
 import json
-import shutil
 import signal
-import tempfile
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
 from tests.browser import BrowserPhone, Switchboard
+from tests.chromium import chromium
 from tests.claude import Reply
 from tests.phone import Troubles
 from tests.stage import HELLO, Script, telephone, twiml, wait_until
-
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    " --disable-background-networking --disable-component-update --window-size=1280,900"
-).split()
 
 # A voice that notes what it says, and how often it is cut off. While it is held, a test says when a sentence ends.
 VOICE = """
@@ -130,21 +121,8 @@ class Caller:
 
 @pytest.fixture(scope="module")
 def driver():
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not chromedriver:
-        pytest.fail("there is no Chromium: apt-get install chromium chromium-driver")
-    try:
-        from selenium import webdriver
-    except ImportError:
-        pytest.fail("selenium is not installed: pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+    with chromium() as driver:
         yield driver
-        driver.quit()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,72 @@
+import logging
+import re
+import threading
+from dataclasses import dataclass
+
+import anthropic
+
+import store
+
+claude = anthropic.Anthropic(timeout=60, max_retries=0)
+SYSTEM_PROMPT = "You're on the phone. Say a sentence or two, no lists, no markdown."
+
+@dataclass
+class Conversation:
+    call_sid: str
+
+    def caller_said(self, words, delivery):  # new
+        turn, is_new = store.turn(self.call_sid, delivery, words)  # new
+        if is_new:  # new
+            threading.Thread(target=Writer(self.call_sid, turn).write).start()
+        return turn
+
+    def reply(self, turn, heard):
+        text, stop = store.wait(turn, heard)
+        return text[heard:], stop
+
+class CallerGone(Exception):  # new
+    """The caller has gone on or hung up: nobody waits for this reply."""  # new
+
+@dataclass
+class Writer:
+    call_sid: str
+    turn: int
+    unfinished: str = ""  # the beginning of a sentence
+
+    def write(self):
+        stop = "failed"
+        try:
+            self.answer()
+            stop = "end_turn"
+        except CallerGone:  # new
+            return  # new
+        except Exception as error:  # any error: a caller is waiting, so the reply must end
+            logging.error("%r", error)
+        store.grow(self.turn, "", stop)
+
+    def answer(self):
+        with claude.messages.stream(
+            model="claude-haiku-5-5",
+            max_tokens=2000, output_config={"effort": "low"}, system=SYSTEM_PROMPT,
+            messages=as_messages(store.turns(self.call_sid)),
+        ) as stream:
+            for text in stream.text_stream:
+                self.add(text)
+        self.keep(self.unfinished)
+
+    def add(self, text):
+        *sentences, self.unfinished = re.split(r"(?<=[.!?])\s+", self.unfinished + text)
+        for sentence in sentences:
+            self.keep(sentence)
+
+    def keep(self, text):
+        if text and not store.grow(self.turn, text + " "):  # new
+            raise CallerGone  # new
+
+def as_messages(turns):
+    said = []
+    for words, reply in turns:
+        said.append({"role": "user", "content": words})
+        if reply:
+            said.append({"role": "assistant", "content": reply.strip()})
+    return said

@@ -1,0 +1,119 @@
+import logging
+import re
+import threading
+from dataclasses import dataclass
+from datetime import datetime  # new
+from zoneinfo import ZoneInfo  # new
+
+import anthropic
+
+import store
+
+claude = anthropic.Anthropic(timeout=60, max_retries=0)
+SYSTEM_PROMPT = "You're on the phone. Say a sentence or two, no lists, no markdown."
+
+class Ending(str):
+    """A tool returns this to end the reply."""
+
+@anthropic.beta_tool
+def hang_up() -> str:
+    """End the call. Use it when the caller says goodbye, after your own goodbye."""
+    return Ending("hang_up")
+
+@anthropic.beta_tool
+def clock(time_zone: str) -> str:  # new
+    """Tell the date, the weekday and the time of day.
+
+    Args:
+        time_zone: where, as an IANA name like Europe/Berlin or Asia/Tokyo.
+    """  # new
+    now = datetime.now(ZoneInfo(time_zone))  # new
+    return now.strftime("%A, %d %B %Y, %H:%M")  # new
+
+TOOLS = [hang_up, clock]  # new
+
+@dataclass
+class Conversation:
+    call_sid: str
+
+    def caller_said(self, words, delivery):
+        turn, is_new = store.turn(self.call_sid, delivery, words)
+        if is_new:
+            threading.Thread(target=Writer(self.call_sid, turn).write).start()
+        return turn
+
+    def reply(self, turn, heard):
+        text, stop = store.wait(turn, heard)
+        return text[heard:], stop
+
+class CallerGone(Exception):
+    """The caller has gone on or hung up: nobody waits for this reply."""
+
+@dataclass
+class Writer:
+    call_sid: str
+    turn: int
+    unfinished: str = ""  # the beginning of a sentence
+
+    def write(self):
+        stop = "failed"
+        try:
+            stop = self.answer() or "end_turn"
+        except CallerGone:
+            return
+        except Exception as error:  # any error: a caller is waiting, so the reply must end
+            logging.error("%r", error)
+        store.grow(self.turn, "", stop)
+
+    def answer(self):
+        messages = as_messages(store.turns(self.call_sid))  # new
+        for _ in range(6):  # at most 6 rounds of tools, so the loop ends  # new
+            message = self.read_answer(messages)  # new
+            uses = [block for block in message.content if block.type == "tool_use"]  # new
+            if not uses:  # new
+                break
+            results = [self.use(block) for block in uses]  # new
+            for result in results:  # new
+                if isinstance(result["content"], Ending):  # new
+                    return result["content"]  # new
+            messages.append({"role": "assistant", "content": message.content})  # new
+            messages.append({"role": "user", "content": results})  # new
+
+    def read_answer(self, messages):  # new
+        with claude.messages.stream(
+            model="claude-haiku-5-5",
+            max_tokens=2000, output_config={"effort": "low"}, system=SYSTEM_PROMPT,
+            tools=[tool.to_dict() for tool in TOOLS],
+            messages=messages,  # new
+        ) as stream:
+            for text in stream.text_stream:
+                self.add(text)
+            message = stream.get_final_message()
+        self.keep(self.unfinished)
+        self.unfinished = ""  # new
+        return message  # new
+
+    def use(self, block):
+        tools = {tool.name: tool for tool in TOOLS}
+        result = {"type": "tool_result", "tool_use_id": block.id}  # new
+        try:
+            return {**result, "content": tools[block.name].call(block.input)}  # new
+        except Exception as error:  # Claude is told, and can talk about it  # new
+            return {**result, "content": f"That failed: {error!r}", "is_error": True}  # new
+
+    def add(self, text):
+        *sentences, self.unfinished = re.split(r"(?<=[.!?])\s+", self.unfinished + text)
+        for sentence in sentences:
+            self.keep(sentence)
+
+    def keep(self, text):
+        if text and not store.grow(self.turn, text + " "):
+            raise CallerGone
+
+def as_messages(turns):
+    said = []
+    for words, reply in turns:
+        said.append({"role": "user", "content": words})
+        if reply:
+            said.append({"role": "assistant", "content": reply.strip()})
+    return said
