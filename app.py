@@ -117,8 +117,8 @@ def what_the_caller_said() -> str:
 
 
 def number_in_url(name: str) -> int:
-    """A number in the URL of this request; in the fallback, in the URL that failed. 0 if the number
-    is missing or malformed."""
+    """A number in this request's URL or, after a fallback, in the failed URL. 0 if the number is
+    missing or malformed."""
     asked = request.values.get("ErrorUrl") or request.full_path
     number = parse_qs(urlsplit(asked).query).get(name, [""])[0]
     return int(number) if re.fullmatch("[0-9]{1,9}", number) else 0
@@ -145,9 +145,9 @@ GOODBYE = Phrase("Goodbye!")
 TALKED_LONG = Phrase("We have talked for so long that I have to hang up now. Thank you. Goodbye!")
 TOMORROW = Phrase("This line has reached its limit for today. Please try again tomorrow. Goodbye!")
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
-# What the caller hears after each ``stop`` of a reply ("x" for "x: y"). The arguments are the last
-# part of the reply, whether Claude said anything, and the turn. Any other ``stop`` is trouble, like
-# an error's name, "stalled", "lost" or, when no caller is waiting, "overtaken" and "hung up".
+# What callers hear after each ``stop`` (its part before a colon), given the last part of the reply,
+# whether Claude said anything, and the turn. Any other ``stop`` is trouble: an error's name,
+# "stalled", "lost". Nobody hears "overtaken" or "hung up".
 ENDINGS: dict[str, Callable] = {
     "end_turn": lambda text, spoke, turn: say_and_listen(text),
     "end_turn without words": lambda text, spoke, turn: say_and_listen(text, NO_ANSWER),
@@ -158,14 +158,14 @@ ENDINGS: dict[str, Callable] = {
     "trouble": lambda text, spoke, turn: say_and_listen(text, SORRY)}
 ENDINGS["stop_sequence"] = ENDINGS["end_turn"]
 PAUSE = 1.0  # seconds of silence after which Twilio takes the caller's words as complete
-FAST = 3.0  # words a second; if it is too high, more of a reply counts as heard
+FAST = 3.0  # words a caller says in a second; with a higher number, more of a reply counts as heard
 # One <Say> may have 3000 characters, and 4500 when URL-encoded
 # (https://www.twilio.com/docs/voice/twiml/say). An emoji becomes 12, so 375 characters always fit.
 # A piece ends with a sentence, or at least with a word.
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
 LONGEST_ANSWER = 8000  # characters; TwiML may have 64 kB, and "&" becomes 5 bytes
-# If no process answers, as during a deploy, Twilio tries 5 more times within 15 s. It waits 8 s
-# (``rt``) per try, so that a second try still has the 6 s of PATIENCE.
+# If no process answers, as during a deploy, Twilio tries 5 more times within 15 s. Each try
+# gets 8 s (``rt``), which leaves a second one 7 s: PATIENCE needs 6.
 # https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides
 RETRIES = "rc=5&rp=5xx,ct,rt&rt=8000"
 EARS = dict(
@@ -174,8 +174,7 @@ EARS = dict(
     profanity_filter=False,  # or Claude would read "f***"
     num_digits=1,  # a key is answered at once, without waiting for another one
     finish_on_key="")  # so that # is a key like any other
-# No cache may keep an answer: every one differs.
-TWIML = {"Content-Type": "text/xml; charset=utf-8", "Cache-Control": "no-store"}
+TWIML = {"Content-Type": "text/xml; charset=utf-8", "Cache-Control": "no-store"}  # never cached
 BEFORE_LISTENING: list[Callable] = []  # functions that may change a <Gather> before it is sent
 
 
@@ -183,7 +182,7 @@ def say_and_listen(*texts, silences: int = 0):
     """Say something, and listen. ``silences``: how often in a row the caller was silent before."""
     response, says = VoiceResponse(), line.speak(*texts)
     # "auto": the first pause ends the words. A SPEECH_MODEL wants a number of seconds instead.
-    # Without either, Twilio waits 5 s more.
+    # With no speech_timeout, Twilio waits 5 s more.
     model = settings.speech_model or None
     gather = response.gather(**EARS, action=url("talking"), speech_model=model,
                              speech_timeout="1" if model else "auto")
@@ -210,8 +209,8 @@ def sorry():
 
 def say_and_come_back(turn: int, heard: int, text: str):
     """Say a part of a reply, or ask for patience if there is nothing new. When Twilio has spoken
-    it, it follows the redirect; Claude writes on in the meantime. Callers can't interrupt it: a
-    <Gather> would then wait for words. Mostly it is just the first sentence."""
+    it, it follows the redirect; Claude writes on in the meantime. Callers can't
+    interrupt it: a <Gather> would wait for words. The part is mostly one sentence."""
     response, waited = VoiceResponse(), 0 if text else number_in_url("waited") + 1
     response.verbs += line.speak(text or ONE_MOMENT[(waited - 1) % len(ONE_MOMENT)])
     response.redirect(url("talking", turn=turn, heard=heard + len(text), waited=waited),
@@ -339,6 +338,8 @@ def announce() -> None:
     log.info("Voice Claude: model %s, effort %s, database %s, calls from %s, %d turns a call, "
              "%d a day, extras: %s", settings.claude_model, settings.claude_effort, line.store.name,
              who, settings.max_turns, settings.max_turns_a_day, ", ".join(line.extras) or "none")
+    for begin in AT_START:
+        begin()
     if not settings.twilio_auth_token:
         log.warning("TWILIO_AUTH_TOKEN is not set: no call is answered")
     if not line.claude:
@@ -377,8 +378,7 @@ def plain_number(written: str) -> str:
 
 OFF = ("", "no", "0")  # values that leave an optional feature off
 NUMBER = r"\+[1-9][0-9]{6,14}"  # as Twilio writes one (https://www.itu.int/rec/T-REC-E.164)
-# Codes for a withheld number: ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN, spelled on
-# the keys of a phone.
+# ANONYMOUS, BLOCKED, RESTRICTED, UNAVAILABLE and UNKNOWN, spelled on the keys of a phone.
 WITHHELD = {"+266696687", "+2562533", "+7378742833", "+86282452253", "+8656696"}
 # A quoted value, or a bare "...", was pasted by mistake: these patterns don't accept it.
 TEXT = r"""(?s)(?!(["']).*\1$).*\w.*""", "words, without quotes around them"
@@ -425,6 +425,7 @@ class Settings:
 
 # --- The start ------------------------------------------------------------------------------------
 STORES: dict[str, Callable] = {"sqlite": Store}  # by the scheme of DATABASE_URL
+AT_START: list[Callable] = []  # functions to run once in each process that answers calls
 if __name__ == "__main__":
     sys.exit("Start Voice Claude with: gunicorn app:app")
 try:

@@ -51,13 +51,13 @@ class Conversation:
         limits = self.line.settings.max_turns, self.line.settings.max_turns_a_day
         turn, row_id = self.line.store.turn(self.call_sid, delivery, words, spoke_at, *limits)
         if row_id is not None:
-            # Not a daemon: a process that is told to stop waits until its replies are complete.
+            # Not a daemon: a process that has to stop completes its replies first.
             threading.Thread(target=Writer(self.line, self.call_sid, turn, row_id).write).start()
         return turn
 
     def reply(self, turn: int, heard: int = 0, waited: int = 0) -> tuple[str, str | None]:
-        """Wait, at most for PATIENCE, until a reply has ended, or has more characters than the
-        ``heard`` that Twilio got. ``waited``: how often in a row nothing came. Returns the
+        """Wait up to PATIENCE until a reply ends, or outgrows the ``heard`` characters that Twilio
+        has. ``waited``: how often in a row nothing came. Returns the
         new text, and how the reply ended (``stop``), or None if more may come."""
         until, store = time.monotonic() + PATIENCE, self.line.store
         while row := store.wait(self.call_sid, turn, heard):  # it returns after a second at most
@@ -75,7 +75,7 @@ running = threading.local()  # in a tool's thread: ``running.writer`` is the Wri
 
 
 class Ending(str):
-    """A tool returns this as a ``stop``: it ends the reply."""
+    """If a tool returns this, it is the reply's ``stop``."""
 
 
 @anthropic.beta_tool
@@ -101,10 +101,10 @@ TOOLS: list = [hang_up, clock]
 
 # --- The writing of a reply -----------------------------------------------------------------------
 MAX_TOKENS = 2000  # per answer: ten minutes of talk; not less, since thinking counts, too
-MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, in case a server never stops; a token has 4 or 5
+MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, in case a server never stops; twice the usual
 MOST_ROUNDS = 6  # of tool use in one reply: enough for any task, but no endless loop
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
-# For 1 s after a sentence, a hang-up is ignored, so that a last "forget me" still works.
+# A hang-up is ignored for 1 s after a sentence: time for a last "forget me".
 NOTICED = TIMEOUT - SIGN_OF_LIFE
 BATCH, READ = 0.25, 0.02  # seconds to let tokens pile up, and to read them: this halves the CPU use
 
@@ -146,7 +146,7 @@ class Writer:
                 log.exception("%s", self.name)
         for _ in range(2):  # tries to store the last sentence, and how the reply ended
             try:
-                with contextlib.suppress(CallerGone):  # how the reply ended is stored already
+                with contextlib.suppress(CallerGone):  # ``stop`` is stored already
                     self.keep(self.unfinished, stop)
                 break
             except StoreError as error:
@@ -162,7 +162,7 @@ class Writer:
         it ended."""
         turns = self.line.store.turns(self.call_sid, self.row_id)
         messages = as_messages(self.line.history(self.call_sid, turns))
-        for choice in [anthropic.omit] * MOST_ROUNDS + [{"type": "none"}]:  # none: end in words
+        for choice in [anthropic.omit] * MOST_ROUNDS + [{"type": "none"}]:  # at last, no tools
             before, (blocks, stop) = self.kept, self.ask(messages, choice)
             if stop not in ("tool_use", "pause_turn"):
                 break
@@ -320,7 +320,7 @@ def finish_block(block: dict) -> dict:
 
 
 # --- What Claude is sent --------------------------------------------------------------------------
-# Claude is sent 21 to 40 turns: in turns 41 to 60, those since 21; in turns 61 to 80, since 41.
+# In turns 41 to 60, Claude is sent the turns since 21; in turns 61 to 80, those since 41.
 # In between, the messages only grow at their end, as prompt caching needs.
 HISTORY_STEP = 20  # turns: Claude always sees the last five minutes
 
@@ -377,8 +377,8 @@ class Line:
     def __init__(self, settings: Any, speak: Callable):
         self.settings, effort = settings, {"effort": settings.claude_effort}
         key = settings.anthropic_api_key or settings.anthropic_auth_token
-        # A new connection costs 100 ms. The SDK closes one after 5 s, before the caller has
-        # listened and spoken; 120 s outlast any turn.
+        # A new connection costs 100 ms. The SDK closes an idle one after 5 s, too early
+        # for the next turn; 120 s are enough.
         limits = httpx2.Limits(max_keepalive_connections=100, keepalive_expiry=120)
         self.claude: Any = anthropic.Anthropic(
             api_key=key, base_url=settings.anthropic_base_url,
@@ -422,9 +422,9 @@ def end_of_sentences(text: str) -> int:
 UNSPEAKABLE = [
     (MARKUP, ""),
     (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; the code stays
-    (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a rule, or the one under the head of a table
-    (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link: its words stay,
-    (r"https?://(?:www\.)?([^\s/<>()\[\]]+)(?:/[^\s<>()\[\]]*[\w/])?", r"\1"),  # or its host
+    (r"(?m)^[ \t]*[-=*_|:][-=*_|: \t]{2,}$", ""),  # a horizontal line, also in a table
+    (r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]{0,99}\)){0,999}\)", r"\1"),  # a link: its words stay
+    (r"https?://(?:www\.)?([^\s/<>()\[\]]+)(?:/[^\s<>()\[\]]*[\w/])?", r"\1"),  # a URL: its host
     (r"</?(?:a|b|br|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|su[bp]|u|ul)\b[^<>]*>", " "),
     (r"(?m)^[ \t]*(?:#{1,6}|>+|[-*+•])[ \t]+", ""),  # before a heading, a quote, a list's item
     (r"(?m)^[ \t]*\||\|[ \t]*$", ""),  # the edges of a table, then its inner borders

@@ -57,7 +57,7 @@ CREATE TABLE IF NOT EXISTS turns (
     stop       TEXT,                                 -- how the reply ended, NULL while it grows
     touched    DOUBLE PRECISION NOT NULL,            -- the last sign of life of its Writer
     last_part  INTEGER,                              -- where the last part of the reply begins
-    given_at   DOUBLE PRECISION,                     -- when Twilio got it; it is interruptible
+    given_at   DOUBLE PRECISION,                     -- when Twilio got the last part
     tokens_in  INTEGER NOT NULL DEFAULT 0, tokens_out INTEGER NOT NULL DEFAULT 0,
     UNIQUE (call_sid, turn),
     UNIQUE (call_sid, delivery)
@@ -143,8 +143,8 @@ class Store:
                         time.time() - A_DAY)[0]["turns"]
 
     def turns(self, call_sid: str, last_id: int = 2**62) -> list[dict[str, Any]]:
-        """The turns of a call up to the row with this id (even if an extra stored it with
-        another call_sid). Turns whose words are deleted are left out."""
+        """A call's turns up to this id, even if an extra has changed the last row's call_sid. Turns
+        whose words are deleted are left out."""
         rows = self.sql("SELECT * FROM turns WHERE (call_sid = ? AND id < ? OR id = ?)"
                         " AND words <> '' ORDER BY id", call_sid, last_id, last_id)
         return [dict(row, call_sid=call_sid) for row in rows]
@@ -207,8 +207,8 @@ class Store:
         return counts
 
     def sweep(self) -> None:
-        """Delete the words of every call that is due, and its rows a day later: until then its
-        turns count for ``turns_today``."""
+        """Delete the words of every call that is due. Its rows stay a day longer, for
+        ``turns_today``."""
         over, now, due = list(self._over), time.time(), "forgotten = 0 AND forget_at <= ?"
         if over or self.sql(f"SELECT 1 FROM calls WHERE {due} OR forgotten = 1 AND forget_at <= ?"
                             " LIMIT 1", now, now - A_DAY):
@@ -252,8 +252,8 @@ class Store:
             if database.in_transaction:
                 yield database
                 return
-            # From here to the commit no other process writes. So of two deliveries of the same
-            # words, the second one finds the turn of the first.
+            # From here to the commit no other process writes. So if the same words come again,
+            # their first turn is found.
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database

@@ -24,7 +24,10 @@ In app.py:
                             ALLOWED_CALLERS and the PIN (hand_over)
     setting, read_settings  an extra declares its settings in a dataclass of its own
     STORES                  {scheme of DATABASE_URL: a class like Store} (postgres)
-    app.cli                 commands for the terminal (commands)
+    AT_START                functions to run once in each process that answers calls. Start a thread
+                            there: one that is started at import is lost in a fork (after_call)
+    say_and_come_back, goodbye, say_and_listen  answers to Twilio (pin, errand)
+    app.cli                 commands for the terminal (commands, errand)
     g.spoke_at              when the caller began to speak, if an extra knows better (think_ahead)
     g.stranger              set until the caller has keyed in the PIN: spend no money (pin)
 In conversation.py:
@@ -58,11 +61,13 @@ EXTRAS = {
     "postgres": ["DATABASE_URL"],
     "pin": ["PIN"],
     "memory": ["KEEP_DAYS"],
+    "after_call": ["AFTER_CALL_URL"],
     "languages": ["LANGUAGES", "VOICES"],
     "hand_over": ["HAND_OVER_TO"],
     "web_search": ["WEB_SEARCHES"],
     "think_ahead": ["THINK_AHEAD"],
     "commands": [],
+    "errand": [],
 }
 # Names of earlier versions. An operating system sets LANGUAGE, too, but never to a tag like en-GB.
 OLD_NAMES = {"LANGUAGE": "LANGUAGES", "VOICE": "VOICES"}

@@ -25,15 +25,15 @@ own_number = click.option("--number", help="The app's own number, if the account
 
 
 def activate(line) -> None:
-    account_sid = read_settings(Settings, os.environ).twilio_account_sid
     settings = line.settings
+    read_settings(Settings, os.environ)  # a value that can't be used stops the start
 
     @app.cli.command("connect")
     @click.argument("address")
     @own_number
     def connect(address, number):
         """Point a Twilio number at the app that runs at ADDRESS."""
-        with app_at(address, number) as (_, own, urls):
+        with app_at(settings, address, number) as (_, own, urls):
             if other := own.trunk_sid or own.voice_application_sid:
                 sys.exit(f"{own.phone_number} is answered by the trunk or TwiML app {other}. "
                          "Take that off the number in Twilio's console.")
@@ -54,56 +54,10 @@ def activate(line) -> None:
         to = plain_number(to)
         if settings.allowed_callers and to not in settings.allowed_callers:
             sys.exit(f"{to} is not in ALLOWED_CALLERS: the app would hang up.")
-        with app_at(address, number) as (twilio, own, urls):
+        with app_at(settings, address, number) as (twilio, own, urls):
             urls = {name.removeprefix("voice_"): url for name, url in urls.items()}
             call = twilio.calls.create(to=to, from_=own.phone_number, **urls)
         click.echo(f"{own.phone_number} is calling {to}: {call.sid}")
-
-    @contextlib.contextmanager
-    def app_at(address, number):
-        """Twilio's client, the app's own number, and the URLs of the app at this address. Whatever
-        goes wrong, also later in the ``with``, is one sentence in the terminal."""
-        from twilio.http.http_client import TwilioHttpClient  # 27 MB that no call needs
-        from twilio.rest import Client
-
-        address = address.rstrip("/")
-        if not re.fullmatch(r"(?a)https://[a-z0-9.-]+(:\d+)?(/[\w./~-]*)?", address):
-            sys.exit("ADDRESS takes an address like https://my-line.example.com")
-        http = TwilioHttpClient(timeout=10)  # seconds; by default it waits for ever
-        twilio = Client(account_sid, settings.twilio_auth_token, http_client=http)
-        try:
-            twilio.api.account.fetch()  # says that the token is wrong, where a list only fails
-            own = {one.phone_number: one for one in twilio.incoming_phone_numbers.list()}
-            if len(own) == 1 and not number:
-                (number,) = own
-            if number not in own:
-                sys.exit(f"Choose with --number one of: {', '.join(own) or 'none'}")
-            make_sure_that_it_answers(address, http)
-            urls: dict[str, str] = {}
-            for name, path in ("voice_url", "/"), ("voice_fallback_url", "/talking"), (
-                    "status_callback", "/status_callback"):
-                urls |= {name: f"{address}{path}#{RETRIES}",
-                         f"{name.removesuffix('_url')}_method": "POST"}
-            yield twilio, own[number], urls
-        except TwilioRestException as error:
-            both = ("TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN as"
-                    " https://console.twilio.com shows them")
-            sys.exit(f"Set {both}." if error.status == 401 else f"Twilio says no: {error.msg}")
-        except (TwilioException, OSError, ValueError) as error:  # ValueError: it isn't JSON
-            sys.exit(f"No answer of use: {error}")  # names the host that was asked
-
-    def make_sure_that_it_answers(address, http):
-        """Send a request as for an incoming call. The app only greets, so this costs nothing."""
-        url, number = f"{address}/", min(settings.allowed_callers, default="+15551234567")
-        call = {"CallSid": "CA" + "0" * 32, "From": number, "CallStatus": "ringing"}
-        signature = RequestValidator(settings.twilio_auth_token).compute_signature(url, call)
-        answer = http.request("POST", url, data=call, headers={"X-Twilio-Signature": signature})
-        if answer.status_code == 403:
-            sys.exit(f"The app at {address} refuses calls. Set there TWILIO_AUTH_TOKEN to the token"
-                     f" that is set here, and PUBLIC_URL to {address}")
-        if answer.status_code != 200 or "<Response" not in answer.text:
-            seen = answer.headers.get("Location") or answer.text[:50]
-            sys.exit(f"Not this app: {url} answers {answer.status_code}, {seen!a}")
 
     @app.cli.command("calls")
     @click.argument("call_sid", default="")
@@ -148,6 +102,63 @@ def activate(line) -> None:
         return [{"at": clock(turn["spoke_at"]), "caller": turn["words"], "heard": heard,
                  "not_heard": rest, "stop": turn["stop"], "seconds_ahead": ahead.get(turn["turn"])}
                 for turn, heard, rest in what_was_heard(line.store.turns(call_sid))]
+
+
+@contextlib.contextmanager
+def app_at(settings, address, number):
+    """Twilio's client, the app's own number, and the URLs of the app at this address. Whatever
+    goes wrong, also later in the ``with``, is one sentence in the terminal."""
+    from twilio.http.http_client import TwilioHttpClient  # 27 MB that no call needs
+    from twilio.rest import Client
+
+    address = address.rstrip("/")
+    if not re.fullmatch(r"(?a)https://[a-z0-9.-]+(:\d+)?(/[\w./~-]*)?", address):
+        sys.exit("ADDRESS takes an address like https://my-line.example.com")
+    account_sid = read_settings(Settings, os.environ).twilio_account_sid
+    http = TwilioHttpClient(timeout=10)  # seconds; by default it waits for ever
+    twilio = Client(account_sid, settings.twilio_auth_token, http_client=http)
+    try:
+        twilio.api.account.fetch()  # says that the token is wrong, where a list only fails
+        own = {one.phone_number: one for one in twilio.incoming_phone_numbers.list()}
+        if len(own) == 1 and not number:
+            (number,) = own
+        if number not in own:
+            sys.exit(f"Choose with --number one of: {', '.join(own) or 'none'}")
+        make_sure_that_it_answers(settings, address)
+        urls: dict[str, str] = {}
+        for name, path in ("voice_url", "/"), ("voice_fallback_url", "/talking"), (
+                "status_callback", "/status_callback"):
+            urls |= {name: f"{address}{path}#{RETRIES}",
+                     f"{name.removesuffix('_url')}_method": "POST"}
+        yield twilio, own[number], urls
+    except TwilioRestException as error:
+        both = ("TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN as"
+                " https://console.twilio.com shows them")
+        sys.exit(f"Set {both}." if error.status == 401 else f"Twilio says no: {error.msg}")
+    except (TwilioException, OSError, ValueError) as error:  # ValueError: it isn't JSON
+        sys.exit(f"No answer of use: {error}")  # names the host that was asked
+
+
+def make_sure_that_it_answers(settings, address):
+    """Send a request as for an incoming call. The app only greets, so this costs nothing."""
+    url, number = f"{address}/", min(settings.allowed_callers, default="+15551234567")
+    call = {"CallSid": "CA" + "0" * 32, "From": number, "CallStatus": "ringing"}
+    answer = post(settings, url, call)
+    if answer.status_code == 403:
+        sys.exit(f"The app at {address} refuses calls. Set there TWILIO_AUTH_TOKEN to the token"
+                 f" that is set here, and PUBLIC_URL to {address}")
+    if answer.status_code != 200 or "<Response" not in answer.text:
+        seen = answer.headers.get("Location") or answer.text[:50]
+        sys.exit(f"Not this app: {url} answers {answer.status_code}, {seen!a}")
+
+
+def post(settings, url, params):
+    """Send a request that is signed like Twilio's."""
+    from twilio.http.http_client import TwilioHttpClient
+
+    signature = RequestValidator(settings.twilio_auth_token).compute_signature(url, params)
+    return TwilioHttpClient(timeout=10).request("POST", url, data=params,
+                                                headers={"X-Twilio-Signature": signature})
 
 
 def clock(moment: float) -> datetime:

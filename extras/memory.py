@@ -43,10 +43,9 @@ def activate(line) -> str:
         call_sid, number = request.values["CallSid"], who_calls()
         # A greeting needs no database. Without one, this call is not kept.
         with contextlib.suppress(StoreError), line.store.transaction() as database:
-            line.store.begin(call_sid)
-            database.execute("UPDATE calls SET keep = ?, forget_at = forget_at + ? - keep"
-                             " WHERE call_sid = ? AND ended IS NULL",
-                             [keep, keep, call_sid])
+            if not line.store.begin(call_sid)["keep"]:  # this isn't a second delivery
+                database.execute("UPDATE calls SET keep = ?, forget_at = forget_at + ?"
+                                 " WHERE call_sid = ? AND ended IS NULL", [keep, keep, call_sid])
             if not re.fullmatch(NUMBER, number) or number in WITHHELD:
                 return
             if "pins" in Store.extra_tables:

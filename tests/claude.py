@@ -58,6 +58,8 @@ ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
     429: "rate_limit_error",
     500: "api_error",
     503: "api_error",

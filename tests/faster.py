@@ -17,7 +17,11 @@ PATIENCE = {
     "store": ["SIGN_OF_LIFE"],
     "conversation": ["PATIENCE", "TIMEOUT", "STALLED", "TOOL_TIMEOUT", "NOTICED"],
 }
-PATIENCE_OF_EXTRAS = {"extras.languages": ["TRY_AGAIN"], "extras.think_ahead": ["STABLE"]}
+PATIENCE_OF_EXTRAS = {
+    "extras.after_call": ["LOOK", "SETTLE"],
+    "extras.languages": ["TRY_AGAIN"],
+    "extras.think_ahead": ["STABLE"],
+}
 
 
 def divide(times):

@@ -277,15 +277,13 @@ def start_fails(app):
 
 
 def copy_code(folder, tests=False):
-    """Copy the app into a folder: its code and its extras, and the tests if they are asked for."""
+    """Copy the app into a folder: its code and its extras, or the whole project with its tests."""
+    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.db*", ".*_cache")
+    if tests:
+        return shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
     for name in CODE:
         shutil.copy(ROOT / name, folder)
-    no_caches = shutil.ignore_patterns("__pycache__", ".*")
-    for name in ["extras", *(["tests", "docs", "README.md", "requirements.txt", ".pytest.ini", ".ci", ".github"] if tests else [])]:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=no_caches)
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "extras", folder / "extras", ignore=ignore)
     return folder
 
 

@@ -206,6 +206,8 @@ PASSING_TROUBLE = {
     "429": Reply(status=429),
     "529": Reply(status=529),
     "500": Reply(status=500),
+    "408": Reply(status=408),
+    "409": Reply(status=409),
     "429 for no time": Reply(status=429, retry_after="0"),
     "429 for nan": Reply(status=429, retry_after="nan"),
     "503 until later": Reply(status=503, retry_after="later"),

@@ -1,13 +1,14 @@
 """What Claude is sent: the prompt, the recent turns, and how much the caller has heard of each reply."""
 
 import re
+import time
 
 import pytest
 
 from conversation import as_messages, recent
 from store import Store, what_was_heard
 from tests.claude import Reply
-from tests.stage import let_time_pass, turn_is_logged
+from tests.stage import let_time_pass, turn_is_logged, turns_of
 
 CUT = " [The caller cut in here.]"
 SPEAKING_RATE = 2.75  # words a second
@@ -335,3 +336,12 @@ def test_a_caller_hears_a_reply_that_is_really_spoken_to_its_end(stage):
     phone.said[:] = phone.said[-1:]
     phone.say(mine, after=40 / SPEAKING_RATE)
     assert sent_back(stage, mine) == story("end", 40)
+
+
+def test_words_take_time_and_a_key_does_not(stage, phone):
+    phone.call()
+    before = time.time()
+    phone.say("It took me three seconds to say these nine words.")
+    phone.press("5")
+    (spoke,), (pressed,) = turns_of(stage.app, phone, "spoke_at")
+    assert spoke < before - 2 and pressed > before

@@ -16,7 +16,8 @@ README, DEPLOYING, TROUBLE_PAGE, WORKERS, TUTORIAL = (Page(path) for path in (
     "README.md", "docs/deploying.md", "docs/trouble.md", "docs/from-workers.md", "docs/tutorial/README.md"))
 PAGES = [Page(str(path.relative_to(ROOT))) for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]]
 CODE = {name: (ROOT / name).read_text() for name in ("app.py", "conversation.py", "store.py")}
-SHIPPED = ["postgres", "pin", "memory", "languages", "hand_over", "web_search", "think_ahead", "commands"]
+SHIPPED = [
+    "postgres", "pin", "memory", "after_call", "languages", "hand_over", "web_search", "think_ahead", "commands", "errand"]
 EXTRAS = {path.name: path.read_text() for path in (ROOT / "extras").glob("*.py")}
 
 

@@ -121,6 +121,21 @@ def test_the_messages_only_grow_at_their_end(call, dial, claude):
     assert request_for(claude, "And then?").messages[:3] == earlier
 
 
+def test_interruptions_in_an_earlier_call_are_remembered_and_its_last_reply_is_whole(dial, claude):
+    story = " ".join(f"This is sentence number {number}." for number in range(40))
+    claude.when("Tell me all forty.", Reply(story))
+    claude.when("And once more, please.", Reply(story))
+    phone = dial("+15551237019")
+    for words in "Tell me all forty.", "And once more, please.":
+        for _ in range(2):  # a second delivery gets all of it in one answer
+            phone.say(words, token=words)
+    phone.hang_up()
+    dial("+15551237019", "Where was I?").hang_up()
+    first, last = sent_before(claude, "Where was I?")[1::2]
+    assert "cut in here" in first and len(first) < len(story) / 2
+    assert last == story
+
+
 VERDICTS = [
     None,
     "",

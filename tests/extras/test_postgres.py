@@ -25,6 +25,7 @@ from tests.stage import (
     SORRY,
     STORY,
     ForkedApp,
+    Script,
     copy_code,
     healthz,
     in_thread,
@@ -334,6 +335,25 @@ def test_a_lock_on_one_call_holds_up_nobody_for_long(server, stores):
 
 
 # --- Extras on a Postgres -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.needs("after_call", "errand")
+def test_a_call_with_a_purpose_moves_to_another_machine_and_is_reported_once(stage):
+    with Script({"/hook": (200, {}, "")}) as (server, receiver), contextlib.ExitStack() as stack:
+        settings = dict(AFTER_CALL_URL=f"{receiver.url}/hook", AFTER_CALL_SUMMARY="no", DATABASE_URL=stage.server.database(),
+                        ALLOWED_CALLERS="+15557654321")
+        one, other = (stack.enter_context(stage.other_app(**settings)) for _ in range(2))
+        called = {"To": "+15557654321", "From": "+15550009999", "Direction": "outbound-api"}
+        purpose = {**called, "Purpose": "Tell them both.", "CallSid": "errand"}
+        name = stage.phone(one).request("POST", "/errand", purpose).body.decode()
+        wait_until(lambda: f"call {name} turn 1: " in one.log())
+        phone = stage.phone(other, **called)
+        assert phone.webhook(f"/?errand={name}").startswith("You said: [The owner of this phone line")
+        phone.hang_up()
+        wait_until(lambda: "report delivered" in one.log() + other.log())
+        assert len([body for _, _, body, _ in server.asked if phone.call_sid in body]) == 1
+        assert "Traceback" not in one.log() + other.log()
 
 
 @pytest.mark.slow

@@ -266,6 +266,15 @@ def test_anything_but_case_punctuation_and_white_space_makes_a_guess_wrong(dial,
     assert phone.say(final).endswith(f"You said: {final}")
 
 
+def test_a_guess_is_deleted_as_soon_as_the_caller_says_more(app, dial, guessed):
+    phone = dial()
+    phone.partial_result("tell me of apples", 1)
+    guessed("tell me of apples")
+    assert wait_until(lambda: stored(app, phone))
+    phone.partial_result("tell me of apples and", 2)
+    assert stored(app, phone) == []
+
+
 def test_a_key_makes_a_guess_wrong(dial, guessed):
     phone = dial()
     phone.partial_result("i press a key", 1)
@@ -406,6 +415,7 @@ def test_only_twilio_is_listened_to(app, claude, dial, a_while):
 # --- Callers who hang up or cut in ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_caller_hangs_up_during_a_guess(app, claude, dial, guessed):
     claude.when("i wonder whether", Reply(FOR_EVER.replace("sentence", "giraffe"), pace=20))
     phone = dial()

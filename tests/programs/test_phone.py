@@ -360,6 +360,7 @@ def test_without_an_app_in_the_folder_none_is_started(tmp_path):
     assert (out, status) == ("", 1)
 
 
+@pytest.mark.slow
 def test_of_two_errors_the_first_one_is_named_at_the_end():
     with Script({"/": (500, {}, ""), "/talking": (404, {}, "")}) as (_, phone):
         out, _, status = call_from_terminal("", phone.url)
@@ -367,6 +368,7 @@ def test_of_two_errors_the_first_one_is_named_at_the_end():
         assert "HTTP 404" in out and status == 1
 
 
+@pytest.mark.slow
 def test_commands_are_never_spoken():
     listens = twiml('<Gather input="speech dtmf" numDigits="1" action="/next"/>')
     with Script({"/": listens, "/next": listens, "/status_callback": (204, {}, "")}) as (server, phone):
@@ -380,6 +382,7 @@ def test_commands_are_never_spoken():
         assert "there is no /x" in out and (status, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_line_that_takes_several_keys_gets_them_together():
     listens = twiml('<Gather input="dtmf" action="/next"/>')
     with Script({"/": listens, "/next": listens, "/status_callback": (204, {}, "")}) as (server, phone):
