@@ -16,6 +16,8 @@ What the tests share:
     forked.py       starts programs quickly
     own_tools.py    tools that a learner might write
     pages.py        reads the documents and replays their conversations
+    account.py      an owner at a terminal, and a pretend Twilio account
+    chromium.py     a browser without a window; it also takes the picture in the README
     postgres.py     a Postgres server of the tests' own
 
 The tests:

@@ -21,9 +21,9 @@ FLAGS = (
 ).split()
 CALL = [  # what the caller types, and what Claude answers
     ("Hi! I'm on a train. Tell me something about the sea.",
-     "It has lakes of its own. Where the water down there is salty enough, it lies like a pond, with a shore."),
+     "It has lakes of its own. Very salty water collects on the sea floor, like a pond with a shore."),
     ("Does anything live there?",
-     "Microbes do, in the brine, and mussels along the shore. Would you like to know what they live on?"),
+     "Yes, there are microbes in the salty water and mussels around it. Would you like to hear more?"),
 ]
 
 
@@ -62,7 +62,7 @@ def take_picture(path):
         for words, reply in CALL:
             wait(browser, "listening !== null")
             browser.find_element("id", "words").send_keys(words + "\n")
-            wait(browser, f"document.body.textContent.includes({reply.split('.')[-2]!r})")
+            wait(browser, f"document.body.textContent.includes({reply.split('. ')[-1]!r})")
         wait(browser, "listening !== null")
         browser.save_screenshot(path)
 
