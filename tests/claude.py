@@ -174,6 +174,23 @@ class Reply:
     body: bytes | None = None
 
 
+class HeldBack(Reply):
+    """A reply that begins when the test says ``begin.set()``, and not before."""
+
+    def __init__(self, *arguments, **more):
+        self.begin = threading.Event()
+        super().__init__(*arguments, **more)
+
+    @property
+    def first_token(self):
+        self.begin.wait(60)
+        return 0.0
+
+    @first_token.setter
+    def first_token(self, _):
+        pass
+
+
 @dataclass
 class Request:
     """One request that was received, and how its answer ended."""

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.account import A_FRIEND, ADDRESS, MINE, NUMBER, RETRIES, TOKEN, Owner, passed_on_to
-from tests.claude import Reply
+from tests.claude import HeldBack, Reply
 from tests.stage import FASTER, HELLO, everything_in, get, let_time_pass, open_database, turns_of, wait_until
 
 PURPOSE = "Remind them to take the cake out of the oven."
@@ -76,10 +76,12 @@ def test_claude_speaks_first_and_the_person_can_change_the_subject(stage, app, c
 
 def test_if_the_words_are_not_ready_the_person_hears_the_greeting(stage, app, claude):
     purpose = "Think for a long time."
-    claude.when(words_of(purpose), Reply("Now I know.", first_token=1.5))
+    late = HeldBack("Now I know.")
+    claude.when(words_of(purpose), late)
     name = bring(stage, app, purpose).body.decode()
     phone, heard = ring(stage, app, name)
     assert heard == HELLO and phone.listens_to("speech")
+    late.begin.set()
     (request,) = claude.asked(words_of(purpose))
     wait_until(lambda: request.finished or request.closed_by_caller)
     assert phone.say("Who is there, please?").endswith("You said: Who is there, please?")

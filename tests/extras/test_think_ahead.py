@@ -7,35 +7,17 @@ import os
 import re
 import signal
 import sqlite3
-import threading
 import time
 
 import pytest
 
-from tests.claude import Reply, Tool
+from tests.claude import HeldBack, Reply, Tool
 from tests.stage import FASTER, TOKEN, everything_in, healthz, in_thread, let_time_pass, open_database, wait_until
 
 TALE = "Here is the first sentence of it. Here comes the second one, too. And this is the third."
 UNTIL_TOOLS = 0.5  # seconds: a reply is read in steps of a quarter of a second
 FOR_EVER = "This is one sentence of very many. " * 300
 LISTENING = "https://line.example.com/listening?after=0"
-
-
-class HeldBack(Reply):
-    """A reply that begins when the test says ``begin.set()``, and not before."""
-
-    def __init__(self, *arguments, **more):
-        self.begin = threading.Event()
-        super().__init__(*arguments, **more)
-
-    @property
-    def first_token(self):
-        self.begin.wait(60)
-        return 0.0
-
-    @first_token.setter
-    def first_token(self, _):
-        pass
 
 
 @pytest.fixture
