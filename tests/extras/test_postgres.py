@@ -432,10 +432,10 @@ def test_a_url_that_cannot_be_used_is_refused(stage, url):
 @pytest.mark.parametrize("password", ["se%40cret%25word", "se%2Fcret%3Fword"])
 def test_a_password_is_never_logged(stage, password):
     with stage.other_app(DATABASE_URL=f"postgres://claude:{password}@127.0.0.1:1/calls") as app:
+        assert "ERROR the database failed: OperationalError" in app.log(), "the owner reads it before the first call"
         phone = stage.phone(app)
         phone.call()
         assert phone.say("Hello?") == SORRY
-        assert "ERROR the database failed: OperationalError" in app.log()
         assert "database postgres://127.0.0.1/calls, " in app.log()
         assert "cret" not in app.log()
 
