@@ -283,7 +283,8 @@ def copy_code(folder, tests=False):
         return shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
     for name in CODE:
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "extras", folder / "extras", ignore=ignore)
+    if (ROOT / "extras").exists():
+        shutil.copytree(ROOT / "extras", folder / "extras", ignore=ignore)
     return folder
 
 
