@@ -18,7 +18,7 @@ PATIENCE = {
     "conversation": ["PATIENCE", "TIMEOUT", "STALLED", "TOOL_TIMEOUT", "NOTICED"],
 }
 PATIENCE_OF_EXTRAS = {
-    "extras.after_call": ["LOOK", "SETTLE"],
+    "extras.after_call": ["LOOK", "LOOK", "SETTLE", "SETTLE"],  # twice: each of its many tests waits for both
     "extras.languages": ["TRY_AGAIN"],
     "extras.think_ahead": ["STABLE"],
 }

@@ -248,6 +248,7 @@ def test_the_caller_does_not_notice_passing_trouble(stage, claude):
     assert {words: len(claude.asked(words)) for words in all_words} == {words: 2 for words in all_words}
 
 
+@pytest.mark.slow
 def test_claude_is_asked_again_when_it_said(stage, claude):
     all_words = [f"After {status}, wait." for status in (429, 529)]
     for words, status in zip(all_words, (429, 529)):

@@ -199,6 +199,7 @@ def test_twilio_tries_again_when_a_router_finds_nobody_for_a_moment(stage):
 # --- Processes that share calls -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_workers_share_every_call(stage):
     stage.claude.when("Go on, workers.", Reply(STORY, first_token=0.1, pace=200))
     with stage.other_app("--preload", WEB_CONCURRENCY="2") as app:

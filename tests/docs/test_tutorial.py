@@ -148,7 +148,7 @@ def test_the_first_sentence_is_said_while_the_second_is_written(start):
     assert phone.say("Count to three.") == three
 
 
-@pytest.mark.parametrize("number", ["14", "15", "16"])
+@pytest.mark.parametrize("number", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("14", "15")), "16"])
 def test_a_reply_that_nobody_waits_for_stops_growing(number, start):
     """Its stream is closed after the caller has gone on, and after the caller has hung up."""
     app, claude = start(number)

@@ -187,6 +187,7 @@ def test_a_call_without_words_is_reported_only_if_twilio_reports_its_end(stage, 
     assert reports(hook[0], checked) == []
 
 
+@pytest.mark.slow
 def test_without_a_summary_and_without_a_secret(stage):
     with receiver(OK) as (server, settings):
         with stage.other_app(**{**settings, "AFTER_CALL_SECRET": None}, AFTER_CALL_SUMMARY="no") as app:
@@ -199,6 +200,7 @@ def test_without_a_summary_and_without_a_secret(stage):
             assert "extras: after_call (words kept until the report is delivered, for a day at most)" in app.log()
 
 
+@pytest.mark.slow
 def test_if_claude_fails_the_report_says_that_there_is_no_summary(stage):
     with receiver(OK) as (server, settings), stage.other_app(**settings, ANTHROPIC_BASE_URL="http://127.0.0.1:9") as app:
         phone = talk(stage, app, "Are you there?")
@@ -299,6 +301,7 @@ def test_a_receiver_that_sends_no_end_or_nothing_holds_nobody_up(stage):
 # --- Together with others -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.needs("memory")
 def test_with_keep_days_the_words_stay_after_the_report(stage):
     with receiver(OK) as (server, settings), stage.other_app(**settings, KEEP_DAYS="3") as app:
@@ -328,6 +331,7 @@ def test_a_caller_who_is_forgotten_is_not_reported(stage, claude):
         words_are_gone(app)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value, takes", [
     ("AFTER_CALL_URL", "http://example.com/hook", "an https:// address"),
     ("AFTER_CALL_URL", "https://user:secret@example.com/", "an https:// address"),
