@@ -127,6 +127,7 @@ def test_a_complete_reply_goes_out_in_one_answer(phone, claude):
     assert len(claude.asked("Be quick.")) == 1
 
 
+@pytest.mark.slow
 def test_what_claude_writes_during_the_first_sentence_comes_in_one_piece(stage, claude, phone):
     words, written = "How is the weather?", f"{SENTENCES} {SENTENCES}"
     claude.when(words, Reply(written, pace=100))

@@ -244,6 +244,7 @@ def test_a_reply_is_sent_up_to_where_the_caller_cut_in(stage, claude, seconds):
     assert request.messages[1] == ("assistant", heard), "what is sent grows at its end only"
 
 
+@pytest.mark.slow
 def test_a_cut_in_the_last_part_leaves_the_first_part_whole(stage, phone, claude):
     whole, mine = story("parts", 60), "Stop the parts, please."
     claude.when("Tell parts.", Reply(whole, pace=200))

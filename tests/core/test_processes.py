@@ -305,6 +305,7 @@ def test_eight_processes_start_at_once_on_a_new_database(tmp_path, databases):
 # --- Duplicate deliveries -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_delivery_three_times_at_once_and_once_more_later_is_one_turn(stage):
     stage.claude.when("Say it once.", Reply(STORY, first_token=0.3, pace=200))
     with stage.other_app() as app, stage.other_app(**shares(app)) as second:

@@ -824,6 +824,7 @@ def wait_for_sentences(url):
         assert min(delays) < 0.4, "without being woken, it would look again after a second"
 
 
+@pytest.mark.slow
 def test_a_sentence_is_found_as_soon_as_it_is_written(elsewhere):
     """By a thread of the same process, and by one of another."""
     elsewhere(wait_for_sentences)

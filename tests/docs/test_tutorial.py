@@ -131,6 +131,7 @@ def test_the_caller_hears_what_the_tutorial_promises(conversation, start):
     replay(conversation, *start(number_of(conversation)))
 
 
+@pytest.mark.slow
 def test_the_first_sentence_is_said_while_the_second_is_written(start):
     promised = PAGE.only("xml")
     app, claude = start(number_of(promised))

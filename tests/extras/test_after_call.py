@@ -175,6 +175,7 @@ def test_a_silent_call_is_reported_after_two_hours(stage, app, hook):
     words_are_gone(app)
 
 
+@pytest.mark.slow
 def test_a_call_without_words_is_reported_only_if_twilio_reports_its_end(stage, app, hook):
     checked, silent = stage.phone(app), stage.phone(app)
     checked.call()  # like the check of ``flask connect``, which has no end

@@ -280,6 +280,7 @@ def test_the_owner_lists_the_calls_whose_words_are_kept(stage):
         assert "Caller: And this." in flask_calls(app, over.call_sid)
 
 
+@pytest.mark.slow
 def test_the_transcript_shows_where_the_caller_cut_in(stage, claude):
     """One process has given the reply, and another one hears the caller cut in."""
     story = " ".join(f"told{number}" + "." * (number % 10 == 0) for number in range(1, 60))

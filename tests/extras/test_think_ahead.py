@@ -157,6 +157,7 @@ def test_a_reply_that_has_not_begun_goes_on_after_the_final_words(app, claude, d
     assert sum("turn 1: first sentence" in line for line in log) == 1
 
 
+@pytest.mark.slow
 def test_a_reply_that_is_being_written_goes_on_after_the_final_words(app, claude, dial):
     def attempt(chance):
         claude.when(f"tell me slowly {chance}", Reply(TALE, pace=25))
