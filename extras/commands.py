@@ -55,9 +55,7 @@ def activate(line) -> None:
         if settings.allowed_callers and to not in settings.allowed_callers:
             sys.exit(f"{to} is not in ALLOWED_CALLERS: the app would hang up.")
         with app_at(settings, address, number) as (twilio, own, urls):
-            urls = {name.removeprefix("voice_"): url for name, url in urls.items()}
-            call = twilio.calls.create(to=to, from_=own.phone_number, **urls)
-        click.echo(f"{own.phone_number} is calling {to}: {call.sid}")
+            place_call(twilio, own, to, urls)
 
     @app.cli.command("calls")
     @click.argument("call_sid", default="")
@@ -137,6 +135,13 @@ def app_at(settings, address, number):
         sys.exit(f"Set {both}." if error.status == 401 else f"Twilio says no: {error.msg}")
     except (TwilioException, OSError, ValueError) as error:  # ValueError: it isn't JSON
         sys.exit(f"No answer of use: {error}")  # names the host that was asked
+
+
+def place_call(twilio, own, to, urls):
+    """Call a number from the app's own one, with these URLs of ``app_at``."""
+    urls = {name.removeprefix("voice_"): url for name, url in urls.items()}
+    call = twilio.calls.create(to=to, from_=own.phone_number, **urls)
+    click.echo(f"{own.phone_number} is calling {to}: {call.sid}")
 
 
 def make_sure_that_it_answers(settings, address):

@@ -27,7 +27,7 @@ def activate(line) -> None:
     @click.option("--number", help="The app's own number, if the account has several.")
     def command(to, address, purpose, number):
         """Call the number TO from the app at ADDRESS. Claude speaks first, about PURPOSE."""
-        from extras.commands import app_at, post  # which may be missing
+        from extras.commands import app_at, place_call, post  # which may be missing
         to, address = app.plain_number(to), address.rstrip("/")
         if to not in allowed:
             sys.exit(f"{to} is not in ALLOWED_CALLERS. An artificial voice may call only people who"
@@ -38,9 +38,7 @@ def activate(line) -> None:
             if not name.startswith("errand-"):
                 sys.exit("The app takes no errand: look at its log, and at its ALLOWED_CALLERS.")
             urls["voice_url"] = f"{address}/?errand={name}#{app.RETRIES}"
-            urls = {key.removeprefix("voice_"): url for key, url in urls.items()}
-            call = client.calls.create(to=to, from_=own.phone_number, **urls)
-        click.echo(f"{own.phone_number} is calling {to}: {call.sid}")
+            place_call(client, own, to, urls)
 
     if not allowed:
         return

@@ -80,3 +80,24 @@ def phone(stage):
     if not phone.ended:
         phone.hang_up()
     assert phone.warnings == []
+
+
+@pytest.fixture
+def strict_phone(stage, app):
+    """A phone for the ``app`` of the test file, and after the test also a look at the requests that Claude refused."""
+    phone, refused = stage.phone(app), len(stage.claude.refused)
+    yield phone
+    if not phone.ended:
+        phone.hang_up()
+    assert phone.warnings == [] and stage.claude.refused[refused:] == []
+
+
+@pytest.fixture
+def two_processes(app, other_process, phone):
+    """A phone whose requests go to two processes in turns."""
+
+    def next_process(heard):
+        phone.url = other_process.url if phone.url == app.url else app.url
+
+    phone.on_hearing = next_process
+    return phone

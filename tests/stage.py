@@ -329,6 +329,13 @@ def flask_command(*words, environ, folder=ROOT):
         return status, printed.read_text()
 
 
+def flask_calls(app, *arguments):
+    """What ``flask calls`` prints."""
+    status, printed = flask_command("calls", *arguments, environ=app.environ)
+    assert status == 0, printed
+    return printed
+
+
 def telephone(*arguments, settings=None, **more):
     """The telephone in a terminal, as a process, in a fresh machine's environment with settings."""
     basics = {name: os.environ.get(name, "/") for name in ("PATH", "HOME")}

@@ -23,7 +23,7 @@ from tests.account import (
 )
 from tests.claude import Reply
 from tests.phone import Phone
-from tests.stage import FASTER, PROXY, flask_command, let_time_pass, wait_until
+from tests.stage import FASTER, PROXY, flask_calls, let_time_pass, wait_until
 
 CONNECT, RING = ("connect", ADDRESS), ("ring", A_FRIEND, ADDRESS)
 
@@ -224,13 +224,6 @@ def owner(tmp_path, lines):
 # --- flask calls ----------------------------------------------------------------------------------
 
 AT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-
-
-def flask_calls(app, *arguments):
-    """What ``flask calls`` prints."""
-    status, printed = flask_command("calls", *arguments, environ=app.environ)
-    assert status == 0, printed
-    return printed
 
 
 def listed(app):

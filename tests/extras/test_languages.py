@@ -42,23 +42,8 @@ def other_process(app, stage):
 
 
 @pytest.fixture
-def phone(stage, app):
-    phone, refused = stage.phone(app), len(stage.claude.refused)
-    yield phone
-    if not phone.ended:
-        phone.hang_up()
-    assert phone.warnings == [] and stage.claude.refused[refused:] == []
-
-
-@pytest.fixture
-def two_processes(app, other_process, phone):
-    """A phone whose requests go to two processes in turns."""
-
-    def next_process(heard):
-        phone.url = other_process.url if phone.url == app.url else app.url
-
-    phone.on_hearing = next_process
-    return phone
+def phone(strict_phone):
+    return strict_phone
 
 
 def switches(to, before="Of course.", after="Ab jetzt auf Deutsch."):

@@ -12,7 +12,7 @@ from tests.stage import (
     A_DAY,
     HELLO,
     everything_in,
-    flask_command,
+    flask_calls,
     healthz,
     let_time_pass,
     open_database,
@@ -368,13 +368,6 @@ def test_the_start_says_how_long_words_are_kept(stage, app):
 def test_a_number_of_days_that_cannot_be_used_is_named(days):
     with pytest.raises(ValueError, match="^KEEP_DAYS takes a whole number of days$"):
         read_all_settings({"KEEP_DAYS": days})
-
-
-def flask_calls(app, *arguments):
-    """What ``flask calls`` prints."""
-    status, printed = flask_command("calls", *arguments, environ=app.environ)
-    assert status == 0, printed
-    return printed
 
 
 @pytest.mark.needs("commands")
