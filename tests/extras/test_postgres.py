@@ -52,10 +52,14 @@ def stage(server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a_call", "claude_trouble", "tools", "processes"])
-def test_calls_go_as_well_as_with_sqlite(name):
-    """The quick tests of the core once more, but for those that look into the SQLite file."""
-    command = [sys.executable, "-m", "pytest", "--postgres", "-p", "no:cacheprovider", f"tests/core/test_{name}.py"]
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [("a_call", []), ("claude_trouble", []), ("tools", []), ("processes", ["--all"])],  # most of the last are slow
+)
+def test_calls_go_as_well_as_with_sqlite(name, groups):
+    """Tests of the core once more, but for those that look into the SQLite file."""
+    command = [sys.executable, "-m", "pytest", "--postgres", "-p", "no:cacheprovider", *groups]
+    command.append(f"tests/core/test_{name}.py")
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", ran.stdout)[1]) >= 5, ran.stdout[-2000:]
