@@ -467,7 +467,7 @@ def test_the_disk_fails_in_the_middle_of_a_reply(stage, app):
     with refused(app, "turns", ["UPDATE"], when="OLD.reply <> '' AND NEW.reply <> OLD.reply"):
         heard = phone.say("Tell me of failing disks.")
         assert heard == f"{FIRST_SENTENCE} {SORRY}"
-    assert re.search(rf"call {phone.call_sid} turn 1: .* out, IntegrityError, request", app.log())
+    wait_until(lambda: re.search(rf"call {phone.call_sid} turn 1: .* out, IntegrityError, request", app.log()))
     assert phone.say("And now?") == "You said: And now?"
 
 
