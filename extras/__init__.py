@@ -86,12 +86,12 @@ def activate(line) -> None:
         try:
             extra = importlib.import_module(f"extras.{name}")
         except ModuleNotFoundError as error:
-            if error.name != f"extras.{name}":
+            if not str(error.name).startswith("extras."):
                 raise
             if asked_for:
-                raise ValueError(f"{asked_for[0]} needs extras/{name}.py, which is missing"
-                                 ) from None
-            continue
+                missing = str(error.name).replace(".", "/")
+                raise ValueError(f"{asked_for[0]} needs {missing}.py, which is missing") from None
+            continue  # without commands.py, there is no errand.py either
         note = extra.activate(line)
         if settings:
             line.extras.append(note or name)

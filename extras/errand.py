@@ -14,6 +14,7 @@ from flask import abort, request
 
 import app
 from conversation import Conversation
+from extras.commands import app_at, place_call, post
 
 
 def activate(line) -> None:
@@ -27,7 +28,6 @@ def activate(line) -> None:
     @click.option("--number", help="The app's own number, if the account has several.")
     def command(to, address, purpose, number):
         """Call the number TO from the app at ADDRESS. Claude speaks first, about PURPOSE."""
-        from extras.commands import app_at, place_call, post  # which may be missing
         to, address = app.plain_number(to), address.rstrip("/")
         if to not in allowed:
             sys.exit(f"{to} is not in ALLOWED_CALLERS. An artificial voice may call only people who"

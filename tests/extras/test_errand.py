@@ -6,7 +6,20 @@ import pytest
 
 from tests.account import A_FRIEND, ADDRESS, MINE, NUMBER, RETRIES, TOKEN, Owner, passed_on_to
 from tests.claude import HeldBack, Reply
-from tests.stage import FASTER, HELLO, everything_in, get, let_time_pass, open_database, turns_of, wait_until
+from tests.stage import (
+    FASTER,
+    HELLO,
+    copy_code,
+    everything_in,
+    flask_command,
+    get,
+    let_time_pass,
+    open_database,
+    turns_of,
+    wait_until,
+)
+
+pytestmark = pytest.mark.needs("commands")  # which talks with Twilio for it
 
 PURPOSE = "Remind them to take the cake out of the oven."
 OUTBOUND = {"Direction": "outbound-api", "From": MINE, "To": A_FRIEND}
@@ -79,10 +92,10 @@ def test_if_the_words_are_not_ready_the_person_hears_the_greeting(stage, app, cl
     late = HeldBack("Now I know.")
     claude.when(words_of(purpose), late)
     name = bring(stage, app, purpose).body.decode()
+    (request,) = wait_until(lambda: claude.asked(words_of(purpose)))
     phone, heard = ring(stage, app, name)
     assert heard == HELLO and phone.listens_to("speech")
     late.begin.set()
-    (request,) = claude.asked(words_of(purpose))
     wait_until(lambda: request.finished or request.closed_by_caller)
     assert phone.say("Who is there, please?").endswith("You said: Who is there, please?")
     sent = claude.asked("Who is there, please?")[0].messages
@@ -145,3 +158,10 @@ def test_with_a_pin_claude_speaks_after_it(stage, claude):
         assert heard.startswith("Please key in your PIN") and "tell you" not in heard
         assert phone.press("135790#") == "Now I can tell you."
         phone.hang_up()
+
+
+def test_without_the_other_commands_there_is_none(tmp_path, app):
+    copy = copy_code(tmp_path)
+    (copy / "extras/commands.py").unlink()
+    status, printed = flask_command("errand", A_FRIEND, ADDRESS, PURPOSE, environ=app.environ, folder=copy)
+    assert status and "No such command 'errand'" in printed and "Traceback" not in printed

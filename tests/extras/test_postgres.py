@@ -342,7 +342,7 @@ def test_a_lock_on_one_call_holds_up_nobody_for_long(server, stores):
 
 
 @pytest.mark.slow
-@pytest.mark.needs("after_call", "errand")
+@pytest.mark.needs("after_call", "errand", "commands")
 def test_a_call_with_a_purpose_moves_to_another_machine_and_is_reported_once(stage):
     with Script({"/hook": (200, {}, "")}) as (server, receiver), contextlib.ExitStack() as stack:
         settings = dict(AFTER_CALL_URL=f"{receiver.url}/hook", AFTER_CALL_SUMMARY="no", DATABASE_URL=stage.server.database(),
