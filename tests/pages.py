@@ -157,9 +157,9 @@ def request_in_words(request):
     """A request to Claude, as a page describes it."""
     prompt = "the prompt and " if request.body.get("system") else ""
     count = len(request.messages)
-    cut_off = any(text.endswith("[cut off]") for _, text in request.messages)
-    own_is_cut = ", the one from Claude ends with [cut off]" if cut_off else ""
-    return f"(Claude is sent {prompt}{count} message{'s' if count > 1 else ''}{own_is_cut}.)"
+    cut_off = any(text.endswith("[The caller cut in here.]") for _, text in request.messages)
+    cut = ", one of them cut off" if cut_off else ""
+    return f"(Claude is sent {prompt}{count} message{'s' if count > 1 else ''}{cut}.)"
 
 
 def count_turns(app, call_sid):

@@ -47,12 +47,12 @@ def ask(call_sid):  # new
     return " ".join(block.text for block in message.content if block.type == "text")  # new
 
 def as_messages(turns):  # new
-    said = []  # new
+    messages = []  # new
     for words, reply in turns:  # new
-        said.append({"role": "user", "content": words})  # new
+        messages.append({"role": "user", "content": words})  # new
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})  # new
-    return said  # new
+            messages.append({"role": "assistant", "content": reply.strip()})  # new
+    return messages  # new
 
 @app.post("/status_callback")  # new
 def status_callback():  # new

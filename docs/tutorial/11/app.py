@@ -42,10 +42,10 @@ def talking():
     reply, stop = wait(turn)  # new
     if not stop:  # new
         return say_and_come_back(turn)  # new
-    return say_and_listen(reply or (SORRY if stop == "failed" else NO_ANSWER))  # new
+    return say_and_listen(reply or (SORRY if stop == "trouble" else NO_ANSWER))  # new
 
 def write(call_sid, turn):  # new
-    stop = "failed"  # new
+    stop = "trouble"  # new
     try:  # new
         grow(turn, ask(call_sid))  # new
         stop = "end_turn"  # new
@@ -62,12 +62,12 @@ def ask(call_sid):
     return " ".join(block.text for block in message.content if block.type == "text")
 
 def as_messages(turns):
-    said = []
+    messages = []
     for words, reply in turns:
-        said.append({"role": "user", "content": words})
+        messages.append({"role": "user", "content": words})
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})
-    return said
+            messages.append({"role": "assistant", "content": reply.strip()})
+    return messages
 
 @app.post("/status_callback")
 def status_callback():

@@ -37,7 +37,7 @@ def talking():
     text, stop = call.reply(turn)  # new
     if not stop:
         return say_and_come_back(turn)
-    return say_and_listen(text or (SORRY if stop == "failed" else NO_ANSWER))  # new
+    return say_and_listen(text or (SORRY if stop == "trouble" else NO_ANSWER))  # new
 
 @app.post("/status_callback")
 def status_callback():

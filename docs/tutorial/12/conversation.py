@@ -27,7 +27,7 @@ class Writer:  # new
     turn: int  # new
 
     def write(self):  # new
-        stop = "failed"
+        stop = "trouble"
         try:
             self.answer()  # new
             stop = "end_turn"
@@ -46,9 +46,9 @@ class Writer:  # new
                 store.grow(self.turn, block.text)  # new
 
 def as_messages(turns):
-    said = []
+    messages = []
     for words, reply in turns:
-        said.append({"role": "user", "content": words})
+        messages.append({"role": "user", "content": words})
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})
-    return said
+            messages.append({"role": "assistant", "content": reply.strip()})
+    return messages

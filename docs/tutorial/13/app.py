@@ -37,7 +37,7 @@ def talking():
     text, stop = call.reply(turn, heard)  # new
     if not stop:
         return say_and_come_back(turn, heard, text)  # new
-    if stop == "failed":  # new
+    if stop == "trouble":  # new
         text += SORRY  # new
     elif not text and not heard:  # new
         text = NO_ANSWER  # new

@@ -30,7 +30,7 @@ class Writer:
     unfinished: str = ""  # the beginning of a sentence  # new
 
     def write(self):
-        stop = "failed"
+        stop = "trouble"
         try:
             self.answer()
             stop = "end_turn"
@@ -58,9 +58,9 @@ class Writer:
             store.grow(self.turn, text + " ")  # new
 
 def as_messages(turns):
-    said = []
+    messages = []
     for words, reply in turns:
-        said.append({"role": "user", "content": words})
+        messages.append({"role": "user", "content": words})
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})
-    return said
+            messages.append({"role": "assistant", "content": reply.strip()})
+    return messages

@@ -37,8 +37,8 @@ def talking():
     text, stop = call.reply(turn, heard)
     if not stop:
         return say_and_come_back(turn, heard, text)
-    store.give(turn, heard)  # new
-    if stop == "failed":
+    store.give(call.call_sid, turn, heard)  # new
+    if stop == "trouble":
         text += SORRY
     elif not text and not heard:
         text = NO_ANSWER

@@ -15,13 +15,13 @@ class Conversation:
     call_sid: str
 
     def caller_said(self, words, delivery):  # new
-        turn, is_new = store.turn(self.call_sid, delivery, words)  # new
-        if is_new:  # new
-            threading.Thread(target=Writer(self.call_sid, turn).write).start()
+        turn, row_id = store.turn(self.call_sid, delivery, words)  # new
+        if row_id:  # new
+            threading.Thread(target=Writer(self.call_sid, turn, row_id).write).start()  # new
         return turn
 
     def reply(self, turn, heard):
-        text, stop = store.wait(turn, heard)
+        text, stop = store.wait(self.call_sid, turn, heard)  # new
         return text[heard:], stop
 
 class CallerGone(Exception):  # new
@@ -31,10 +31,11 @@ class CallerGone(Exception):  # new
 class Writer:
     call_sid: str
     turn: int
+    row_id: int  # new
     unfinished: str = ""  # the beginning of a sentence
 
     def write(self):
-        stop = "failed"
+        stop = "trouble"
         try:
             self.answer()
             stop = "end_turn"
@@ -42,7 +43,7 @@ class Writer:
             return  # new
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.turn, "", stop)
+        store.grow(self.row_id, "", stop)  # new
 
     def answer(self):
         with claude.messages.stream(
@@ -60,13 +61,13 @@ class Writer:
             self.keep(sentence)
 
     def keep(self, text):
-        if text and not store.grow(self.turn, text + " "):  # new
+        if text and not store.grow(self.row_id, text + " "):  # new
             raise CallerGone  # new
 
 def as_messages(turns):
-    said = []
+    messages = []
     for words, reply in turns:
-        said.append({"role": "user", "content": words})
+        messages.append({"role": "user", "content": words})
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})
-    return said
+            messages.append({"role": "assistant", "content": reply.strip()})
+    return messages

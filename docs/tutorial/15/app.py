@@ -37,10 +37,10 @@ def talking():
     text, stop = call.reply(turn, heard)
     if not stop:
         return say_and_come_back(turn, heard, text)
-    store.give(turn, heard)
+    store.give(call.call_sid, turn, heard)
     if stop == "hang_up":  # new
         return goodbye(text if text or heard else "Goodbye!")  # new
-    if stop == "failed":
+    if stop == "trouble":
         text += SORRY
     elif not text and not heard:
         text = NO_ANSWER

@@ -25,13 +25,13 @@ class Conversation:
     call_sid: str
 
     def caller_said(self, words, delivery):
-        turn, is_new = store.turn(self.call_sid, delivery, words)
-        if is_new:
-            threading.Thread(target=Writer(self.call_sid, turn).write).start()
+        turn, row_id = store.turn(self.call_sid, delivery, words)
+        if row_id:
+            threading.Thread(target=Writer(self.call_sid, turn, row_id).write).start()
         return turn
 
     def reply(self, turn, heard):
-        text, stop = store.wait(turn, heard)
+        text, stop = store.wait(self.call_sid, turn, heard)
         return text[heard:], stop
 
 class CallerGone(Exception):
@@ -41,17 +41,18 @@ class CallerGone(Exception):
 class Writer:
     call_sid: str
     turn: int
+    row_id: int
     unfinished: str = ""  # the beginning of a sentence
 
     def write(self):
-        stop = "failed"
+        stop = "trouble"
         try:
             stop = self.answer() or "end_turn"  # new
         except CallerGone:
             return
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.turn, "", stop)
+        store.grow(self.row_id, "", stop)
 
     def answer(self):
         with claude.messages.stream(
@@ -66,11 +67,11 @@ class Writer:
         self.keep(self.unfinished)
         for block in message.content:  # new
             if block.type == "tool_use":  # new
-                return self.use(block)  # new
+                return self.use(block.name, block.input)  # new
 
-    def use(self, block):  # new
+    def use(self, name, tool_input):  # new
         tools = {tool.name: tool for tool in TOOLS}  # new
-        return tools[block.name].call(block.input)  # new
+        return tools[name].call(tool_input)  # new
 
     def add(self, text):
         *sentences, self.unfinished = re.split(r"(?<=[.!?])\s+", self.unfinished + text)
@@ -78,13 +79,13 @@ class Writer:
             self.keep(sentence)
 
     def keep(self, text):
-        if text and not store.grow(self.turn, text + " "):
+        if text and not store.grow(self.row_id, text + " "):
             raise CallerGone
 
 def as_messages(turns):
-    said = []
+    messages = []
     for words, reply in turns:
-        said.append({"role": "user", "content": words})
+        messages.append({"role": "user", "content": words})
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})
-    return said
+            messages.append({"role": "assistant", "content": reply.strip()})
+    return messages

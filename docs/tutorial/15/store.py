@@ -3,41 +3,45 @@ import sqlite3
 import time
 
 def turn(call_sid, delivery, words):
-    for (turn,) in sql("INSERT OR IGNORE INTO turns (call_sid, words, delivery)"
-                       " VALUES (?, ?, ?) RETURNING turn", call_sid, words, delivery):
+    insert = ("INSERT OR IGNORE INTO turns (call_sid, words, delivery, turn)"
+              " SELECT ?1, ?2, ?3, count(*) + 1 FROM turns WHERE call_sid = ?1"
+              " RETURNING turn, id")
+    for turn, row_id in sql(insert, call_sid, words, delivery):
         sql("UPDATE turns SET stop = 'overtaken'"
-            " WHERE call_sid = ? AND turn < ? AND stop IS NULL", call_sid, turn)
-        sql("UPDATE turns SET reply = substr(reply, 1, 15*(?2-given_at)) || ' [cut off]'"
-            " WHERE call_sid = ?1 AND 15*(?2-given_at) < length(reply)",
-            call_sid, time.time())
-        return turn, True
+            " WHERE call_sid = ? AND id < ? AND stop IS NULL", call_sid, row_id)
+        sql("UPDATE turns SET reply = substr(reply, 1, last_part + 15*(?2-given_at)) ||"
+            " ' [The caller cut in here.]' WHERE call_sid = ?1"
+            " AND last_part + 15*(?2-given_at) < length(reply)", call_sid, time.time())
+        return turn, row_id
     find = "SELECT turn FROM turns WHERE call_sid = ? AND delivery = ?"
-    return sql(find, call_sid, delivery)[0][0], False
+    return sql(find, call_sid, delivery)[0][0], None
 
 def turns(call_sid):
     return sql("SELECT words, reply FROM turns WHERE call_sid = ? ORDER BY turn", call_sid)
 
-def grow(turn, text, stop=None):
+def grow(row_id, text, stop=None):
     return sql("UPDATE turns SET reply = reply || ?, stop = ?"
-               " WHERE turn = ? AND stop IS NULL RETURNING turn", text, stop, turn)
+               " WHERE id = ? AND stop IS NULL RETURNING id", text, stop, row_id)
 
-def wait(turn, heard):
+def wait(call_sid, turn, heard):
     for _ in range(60):  # 6 seconds, since Twilio waits only 15
-        ((reply, stop),) = sql("SELECT reply, stop FROM turns WHERE turn = ?", turn)
+        ((reply, stop),) = sql("SELECT reply, stop FROM turns"
+                               " WHERE call_sid = ? AND turn = ?", call_sid, turn)
         if stop or len(reply) > heard:
             break
         time.sleep(0.1)
     return reply, stop
 
-def give(turn, heard):  # a voice says 15 characters a second
-    sql("UPDATE turns SET given_at = ? WHERE turn = ?", time.time() - heard / 15, turn)
+def give(call_sid, turn, last_part):
+    sql("UPDATE turns SET last_part = ?, given_at = ? WHERE call_sid = ? AND turn = ?",
+        last_part, time.time(), call_sid, turn)
 
 def end(call_sid):
     sql("DELETE FROM turns WHERE call_sid = ?", call_sid)
 
 def sql(statement, *values):
     with contextlib.closing(sqlite3.connect("calls.db", isolation_level=None)) as database:
-        database.execute("CREATE TABLE IF NOT EXISTS turns (turn INTEGER PRIMARY KEY,"
+        database.execute("CREATE TABLE IF NOT EXISTS turns (id INTEGER PRIMARY KEY, turn,"
                          " call_sid, words, stop, reply DEFAULT '',"
-                         " given_at, delivery, UNIQUE (call_sid, delivery))")
+                         " last_part, given_at, delivery, UNIQUE (call_sid, delivery))")
         return database.execute(statement, values).fetchall()

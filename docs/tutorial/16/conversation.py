@@ -37,13 +37,13 @@ class Conversation:
     call_sid: str
 
     def caller_said(self, words, delivery):
-        turn, is_new = store.turn(self.call_sid, delivery, words)
-        if is_new:
-            threading.Thread(target=Writer(self.call_sid, turn).write).start()
+        turn, row_id = store.turn(self.call_sid, delivery, words)
+        if row_id:
+            threading.Thread(target=Writer(self.call_sid, turn, row_id).write).start()
         return turn
 
     def reply(self, turn, heard):
-        text, stop = store.wait(turn, heard)
+        text, stop = store.wait(self.call_sid, turn, heard)
         return text[heard:], stop
 
 class CallerGone(Exception):
@@ -53,17 +53,18 @@ class CallerGone(Exception):
 class Writer:
     call_sid: str
     turn: int
+    row_id: int
     unfinished: str = ""  # the beginning of a sentence
 
     def write(self):
-        stop = "failed"
+        stop = "trouble"
         try:
             stop = self.answer() or "end_turn"
         except CallerGone:
             return
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.turn, "", stop)
+        store.grow(self.row_id, "", stop)
 
     def answer(self):
         messages = as_messages(store.turns(self.call_sid))  # new
@@ -72,11 +73,14 @@ class Writer:
             uses = [block for block in message.content if block.type == "tool_use"]  # new
             if not uses:  # new
                 break
-            results = [self.use(block) for block in uses]  # new
-            for result in results:  # new
-                if isinstance(result["content"], Ending):  # new
-                    return result["content"]  # new
             messages.append({"role": "assistant", "content": message.content})  # new
+            results = []  # new
+            for block in uses:  # new
+                result, failed = self.use(block.name, block.input)  # new
+                if isinstance(result, Ending):  # new
+                    return result  # new
+                results.append({"type": "tool_result", "tool_use_id": block.id,  # new
+                                "content": result, "is_error": failed})  # new
             messages.append({"role": "user", "content": results})  # new
 
     def read_answer(self, messages):  # new
@@ -93,13 +97,12 @@ class Writer:
         self.unfinished = ""  # new
         return message  # new
 
-    def use(self, block):
+    def use(self, name, tool_input):
         tools = {tool.name: tool for tool in TOOLS}
-        result = {"type": "tool_result", "tool_use_id": block.id}  # new
         try:
-            return {**result, "content": tools[block.name].call(block.input)}  # new
+            return tools[name].call(tool_input), False  # new
         except Exception as error:  # Claude is told, and can talk about it  # new
-            return {**result, "content": f"That failed: {error!r}", "is_error": True}  # new
+            return f"{type(error).__name__}: {error}", True  # new
 
     def add(self, text):
         *sentences, self.unfinished = re.split(r"(?<=[.!?])\s+", self.unfinished + text)
@@ -107,13 +110,13 @@ class Writer:
             self.keep(sentence)
 
     def keep(self, text):
-        if text and not store.grow(self.turn, text + " "):
+        if text and not store.grow(self.row_id, text + " "):
             raise CallerGone
 
 def as_messages(turns):
-    said = []
+    messages = []
     for words, reply in turns:
-        said.append({"role": "user", "content": words})
+        messages.append({"role": "user", "content": words})
         if reply:
-            said.append({"role": "assistant", "content": reply.strip()})
-    return said
+            messages.append({"role": "assistant", "content": reply.strip()})
+    return messages
