@@ -1,5 +1,5 @@
-"""WEB_SEARCHES: Claude may search the web so many times in a reply. Anthropic does the search, in
-the middle of the answer (https://docs.claude.com/en/docs/agents-and-tools/tool-use/web-search-tool).
+"""WEB_SEARCHES: Claude may search the web so many times in one request. Anthropic does the search,
+in the middle of the answer (https://docs.claude.com/en/docs/agents-and-tools/tool-use/web-search-tool).
 """
 
 import logging
