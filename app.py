@@ -5,12 +5,12 @@ Twilio asks these URLs what to do with a call, and the answers are TwiML
 
     /                  a call comes in: greet the caller and listen
     /talking           the caller spoke, pressed a key or stayed silent; or more of a reply is due;
-                       or an answer failed, and Twilio falls back here with an ErrorCode
+                       or a request failed, and Twilio falls back here with an ErrorCode
     /status_callback   the call is over
 
 One turn: the caller's words come to /talking, are stored as a row, and a thread asks Claude. Twilio
-gets the first sentence, and a redirect. When Twilio has spoken the sentence, it follows the
-redirect, and listens while it speaks the rest.
+gets the first sentence and a redirect. It speaks the sentence, and then follows the redirect to get
+the rest of the reply. With the last part, it listens.
 
 Even after an error, a caller's request gets TwiML. Otherwise the caller would hear "an application
 error has occurred". ``settings`` and ``line`` are made at the end of this file.
@@ -63,20 +63,20 @@ def talking():
         log.error("call %s: Twilio fell back here after its error %s", call.call_sid, error)
         return sorry()
     turn, heard = number_in_url("turn"), number_in_url("heard")
-    if not turn:  # from the caller; the redirect of say_and_come_back has a turn
+    if not turn:  # something new; only say_and_come_back's redirect has a turn
         words = what_the_caller_said()
         if not words:
             return are_you_there()
         if not line.claude:
             return say_and_listen(NO_KEY, speakable(words))
         delivery = request.headers.get("I-Twilio-Idempotency-Token") or None
-        # Words take time, and so does the pause after them. A key doesn't.
+        # How long ago the caller began to speak. Pressing a key takes no time.
         took = 0.0 if "Digits" in request.values else PAUSE + len(words.split()) / FAST
         turn = call.caller_said(words, delivery, g.get("spoke_at", time.time() - took))
     text, stop = call.reply(turn, heard, number_in_url("waited"))
     if stop is None or len(text) > LONGEST_ANSWER:  # say a part, and come back for the rest
         return say_and_come_back(turn, heard, text[:LONGEST_ANSWER])
-    with contextlib.suppress(StoreError):  # if this fails, all of it counts as heard
+    with contextlib.suppress(StoreError):  # if this fails, the whole reply counts as heard
         line.store.give(call.call_sid, turn, heard)
     ending = ENDINGS.get(stop.partition(":")[0], ENDINGS["trouble"])
     return ending(text, bool(text or heard), turn)
@@ -145,9 +145,9 @@ GOODBYE = Phrase("Goodbye!")
 TALKED_LONG = Phrase("We have talked for so long that I have to hang up now. Thank you. Goodbye!")
 TOMORROW = Phrase("This line has reached its limit for today. Please try again tomorrow. Goodbye!")
 NO_KEY = "This line has no key for Claude yet, so I just repeat what I hear:"
-# What callers hear after each ``stop`` (its part before a colon), given the last part of the reply,
-# whether Claude said anything, and the turn. Any other ``stop`` is trouble: an error's name,
-# "stalled", "lost". Nobody hears "overtaken" or "hung up".
+# How Twilio is answered after each ``stop`` (up to its colon). The functions get the last part of
+# the reply, whether Claude said anything, and the turn. Any other ``stop`` is trouble: an error's
+# name, "stalled", "lost". After "overtaken" and "hung up", nobody waits for an answer.
 ENDINGS: dict[str, Callable] = {
     "end_turn": lambda text, spoke, turn: say_and_listen(text),
     "end_turn without words": lambda text, spoke, turn: say_and_listen(text, NO_ANSWER),
@@ -161,11 +161,11 @@ PAUSE = 1.0  # seconds of silence after which Twilio takes the caller's words as
 FAST = 3.0  # words a caller says in a second; with a higher number, more of a reply counts as heard
 # One <Say> may have 3000 characters, and 4500 when URL-encoded
 # (https://www.twilio.com/docs/voice/twiml/say). An emoji becomes 12, so 375 characters always fit.
-# A piece ends with a sentence, or at least with a word.
+# A piece ends after a sentence, or at least after a word.
 PIECE = re.compile(r"(?s)\s*(.{0,374}[.!?…。！？](?=\s|$)|.{1,375}(?=\s|$)|.{1,375})")
 LONGEST_ANSWER = 8000  # characters; TwiML may have 64 kB, and "&" becomes 5 bytes
 # If no process answers, as during a deploy, Twilio tries 5 more times within 15 s. Each try
-# gets 8 s (``rt``), which leaves a second one 7 s: PATIENCE needs 6.
+# gets 8 s (``rt``), which leaves 7 s for another: enough for PATIENCE in conversation.py.
 # https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides
 RETRIES = "rc=5&rp=5xx,ct,rt&rt=8000"
 EARS = dict(
@@ -208,9 +208,9 @@ def sorry():
 
 
 def say_and_come_back(turn: int, heard: int, text: str):
-    """Say a part of a reply, or ask for patience if there is nothing new. When Twilio has spoken
-    it, it follows the redirect; Claude writes on in the meantime. Callers can't
-    interrupt it: a <Gather> would wait for words. The part is mostly one sentence."""
+    """Say a part of a reply, mostly one sentence, or ask for patience if there is nothing new.
+    After speaking, Twilio follows the redirect; Claude writes on in the meantime. Callers can't
+    interrupt this part: that needs a <Gather>, which would wait for words after speaking."""
     response, waited = VoiceResponse(), 0 if text else number_in_url("waited") + 1
     response.verbs += line.speak(text or ONE_MOMENT[(waited - 1) % len(ONE_MOMENT)])
     response.redirect(url("talking", turn=turn, heard=heard + len(text), waited=waited),
@@ -247,8 +247,8 @@ NOT_THE_CALLER = {"twilio.status_callback"}  # requests that don't come from the
 
 @twilio.before_request
 def only_twilio():
-    """Twilio signs its forms with the account's auth token. Otherwise strangers could spend the
-    owner's money (https://www.twilio.com/docs/usage/security#validating-requests)."""
+    """Check the signature that Twilio makes with the account's auth token, or strangers could spend
+    the owner's money (https://www.twilio.com/docs/usage/security#validating-requests)."""
     base = settings.public_url or f"{request.scheme}://{request.host}"
     if request.path == "/" and request.method != "POST" and "CallSid" not in request.args:
         return page(base)  # a browser: Twilio always sends a CallSid

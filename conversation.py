@@ -56,9 +56,9 @@ class Conversation:
         return turn
 
     def reply(self, turn: int, heard: int = 0, waited: int = 0) -> tuple[str, str | None]:
-        """Wait up to PATIENCE until a reply ends, or outgrows the ``heard`` characters that Twilio
-        has. ``waited``: how often in a row nothing came. Returns the
-        new text, and how the reply ended (``stop``), or None if more may come."""
+        """Wait until a reply ends, or is longer than the ``heard`` characters that Twilio has; at
+        most PATIENCE. ``waited``: how often in a row there was no new text. Returns the new text,
+        and how the reply ended (``stop``), which is None if more may come."""
         until, store = time.monotonic() + PATIENCE, self.line.store
         while row := store.wait(self.call_sid, turn, heard):  # it returns after a second at most
             if row["stop"] or len(row["reply"]) > heard or time.monotonic() >= until:
@@ -69,8 +69,8 @@ class Conversation:
 
 
 # --- What Claude can do ---------------------------------------------------------------------------
-# A tool is a function with @anthropic.beta_tool, listed in TOOLS. Claude is sent its name, its
-# docstring and its arguments, decides when to use it, and is told what it returns or raises.
+# A tool is a function with @anthropic.beta_tool, listed in TOOLS. Claude gets a tool's name,
+# docstring and arguments, decides when to use it, and is told what it returns or raises.
 running = threading.local()  # in a tool's thread: ``running.writer`` is the Writer that uses it
 
 
@@ -96,15 +96,15 @@ def clock(time_zone: str = "") -> str:
     return datetime.now().astimezone(zone).strftime("%A, %d %B %Y, %H:%M %Z")
 
 
-# An entry may also be a plain function that returns a tool, or None if this call gets none.
+# An entry may also be a plain function that returns a tool, or None to leave it out.
 TOOLS: list = [hang_up, clock]
 
 # --- The writing of a reply -----------------------------------------------------------------------
 MAX_TOKENS = 2000  # per answer: ten minutes of talk; not less, since thinking counts, too
-MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, in case a server never stops; twice the usual
+MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, if a server never stops; a token usually has 5
 MOST_ROUNDS = 6  # of tool use in one reply: enough for any task, but no endless loop
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
-# A hang-up is ignored for 1 s after a sentence: time for a last "forget me".
+# If the caller is gone, a reply stops, but not within 1 s of a sentence: a tool may follow.
 NOTICED = TIMEOUT - SIGN_OF_LIFE
 BATCH, READ = 0.25, 0.02  # seconds to let tokens pile up, and to read them: this halves the CPU use
 
@@ -122,7 +122,7 @@ EXPECTED = (anthropic.AnthropicError, httpx2.HTTPError, EOFError, OSError, Value
 class Writer:
     """Writes Claude's reply to one turn, in a thread of its own. The text is in the store."""
 
-    unfinished = mark = ""  # an incomplete sentence; a mark that an extra puts before it
+    unfinished = mark = ""  # an incomplete sentence; a mark from an extra for the next one
     kept = written = tokens_in = tokens_out = 0  # stored sentences; characters of this answer
     first_ms, request_id, trouble = None, None, ""  # trouble: why the end could not be stored
 
@@ -146,7 +146,7 @@ class Writer:
                 log.exception("%s", self.name)
         for _ in range(2):  # tries to store the last sentence, and how the reply ended
             try:
-                with contextlib.suppress(CallerGone):  # ``stop`` is stored already
+                with contextlib.suppress(CallerGone):  # the row has its ``stop``
                     self.keep(self.unfinished, stop)
                 break
             except StoreError as error:
@@ -162,7 +162,7 @@ class Writer:
         it ended."""
         turns = self.line.store.turns(self.call_sid, self.row_id)
         messages = as_messages(self.line.history(self.call_sid, turns))
-        for choice in [anthropic.omit] * MOST_ROUNDS + [{"type": "none"}]:  # at last, no tools
+        for choice in [anthropic.omit] * MOST_ROUNDS + [{"type": "none"}]:  # in the end, no tools
             before, (blocks, stop) = self.kept, self.ask(messages, choice)
             if stop not in ("tool_use", "pause_turn"):
                 break
@@ -181,7 +181,7 @@ class Writer:
         return "end_turn without words" if no_words else stop
 
     def ask(self, messages: list, tool_choice: Any, attempt: int = 0) -> tuple[list[dict], str]:
-        """Ask Claude. If that fails within PATIENCE, before a new sentence, ask again."""
+        """Ask Claude. If that fails within PATIENCE, with no new sentence, ask again."""
         until, kept = time.monotonic() + PATIENCE, self.kept
         while True:
             try:
@@ -198,7 +198,7 @@ class Writer:
 
     def read_answer(self, messages: list, tool_choice: Any) -> tuple[list[dict], str]:
         """Send Claude one request, and let the reply grow as the answer comes. Returns the blocks
-        of Claude's message, and its ``stop_reason``."""
+        of the answer, and its ``stop_reason``."""
         tools = [tool if isinstance(tool, dict) else tool.to_dict() for tool in self.tools.values()]
         blocks, stop, self.written = {}, "", 0
         with self.line.claude.messages.with_streaming_response.create(
@@ -236,7 +236,7 @@ class Writer:
         return list(blocks.values()), stop
 
     def pieces(self, body: Iterator[bytes]) -> Iterator[bytes]:
-        """The body of a response, piece by piece, for as long as somebody waits for the reply."""
+        """The body of a response, piece by piece, for as long as somebody needs the reply."""
         store, kept, until = self.line.store, self.kept, 0.0
         for piece in body:
             if time.monotonic() > self.deadline - NOTICED and self.row_id not in store.growing:
@@ -292,7 +292,7 @@ class Writer:
 
 
 def drain(response: httpx2.Response, body: Iterator[bytes]) -> None:
-    """Read a response to its end, so that its connection can be used again; but only for 0.2 s."""
+    """Read a response to its end, for at most 0.2 s, so that its connection can be used again."""
     connection = response.extensions["network_stream"].get_extra_info("socket")
     timer = threading.Timer(0.2, connection.shutdown, [socket.SHUT_RDWR])
     timer.start()
@@ -404,7 +404,7 @@ SENTENCE_END = re.compile(
     [.!?…][.!?…"'”’)\]*_]{0,9}(?=\s) | [。！？।؟] | \n""", re.VERBOSE)
 MARKUP = r"(?s)<(function_calls|invoke|thinking|antml:\w+)\b.*?(</\1>|\Z)"  # may leak into the text
 NO_END_IN = re.compile(MARKUP + r"|\[[^\[\]]{0,300}(?:\Z|\](?:\([^()]{0,300}(?:\)|\Z))?)")  # links
-SHORTEST_SENTENCE = 12  # like "Well, hello.": it takes a second to say, and more must come by then
+SHORTEST_SENTENCE = 12  # characters, like "Well, hello.": a second of talk, while Claude writes on
 LONGEST_SENTENCE = 300  # 20 seconds of talk; then the cut is made between two words
 
 
@@ -418,7 +418,7 @@ def end_of_sentences(text: str) -> int:
     return end if end >= SHORTEST_SENTENCE else 0
 
 
-# Noise for a listener, and its replacement, in this order; all patterns take linear time.
+# Patterns that nobody can speak, and replacements, applied in this order, all in linear time.
 UNSPEAKABLE = [
     (MARKUP, ""),
     (r"(?m)^[ \t]*(?:```+|~~~+)[ \t]*(?:[\w+#.-]+[ \t]*)?$", ""),  # a code fence; the code stays

@@ -34,7 +34,7 @@ LOCK_PATIENCE = 2.0  # seconds to wait for another process: a write takes 1 ms
 QUEUE_PATIENCE = 6.0  # seconds to wait for other threads: 300 callers at once can take that long
 LOOK_AGAIN = 0.05  # seconds between two looks at a reply that another process writes
 SIGN_OF_LIFE = 1.0  # seconds between two signs that a reply is still being written
-SPEAKING_RATE = 2.75  # words a second at which Twilio's voices speak: 2.5 to 3
+SPEAKING_RATE = 2.75  # words that Twilio's voices say in a second: 2.5 to 3
 
 VERSION = 2  # of these tables; the file keeps it as its ``user_version``
 SCHEMA = """
@@ -55,7 +55,7 @@ CREATE TABLE IF NOT EXISTS turns (
     spoke_at   DOUBLE PRECISION NOT NULL,            -- when the caller began to say it, roughly
     reply      TEXT NOT NULL DEFAULT '',             -- what Claude has written, ready to be spoken
     stop       TEXT,                                 -- how the reply ended, NULL while it grows
-    touched    DOUBLE PRECISION NOT NULL,            -- the last sign of life of its Writer
+    touched    DOUBLE PRECISION NOT NULL,            -- the last sign that it still grows
     last_part  INTEGER,                              -- where the last part of the reply begins
     given_at   DOUBLE PRECISION,                     -- when Twilio got the last part
     tokens_in  INTEGER NOT NULL DEFAULT 0, tokens_out INTEGER NOT NULL DEFAULT 0,
@@ -143,7 +143,7 @@ class Store:
                         time.time() - A_DAY)[0]["turns"]
 
     def turns(self, call_sid: str, last_id: int = 2**62) -> list[dict[str, Any]]:
-        """A call's turns up to this id, even if an extra has changed the last row's call_sid. Turns
+        """A call's turns up to the row ``last_id``; an extra may have changed its call_sid. Turns
         whose words are deleted are left out."""
         rows = self.sql("SELECT * FROM turns WHERE (call_sid = ? AND id < ? OR id = ?)"
                         " AND words <> '' ORDER BY id", call_sid, last_id, last_id)
@@ -152,8 +152,8 @@ class Store:
     def grow(self, row_id: int, text: str, stop: str | None = None,
              tokens_in: int = 0, tokens_out: int = 0) -> bool:
         """Append to a reply, and wake the threads that wait for it. An empty text only shows that
-        somebody still writes it. ``stop`` says how it ended, None that it goes on. Returns whether
-        the reply was still growing. If not, it stays as it is."""
+        somebody still writes it. ``stop`` says how it ended, or is None if more may come. Returns
+        whether the reply was still growing. If not, it stays as it is."""
         grew = self.sql("UPDATE turns SET reply = reply || ?, stop = ?, touched = ? WHERE id = ?"
                         " AND stop IS NULL", text, stop, time.time(), row_id) == 1
         if stop:
@@ -185,7 +185,7 @@ class Store:
                 return row
             if news := self.awaited.get(row["id"]):
                 news.wait(left if row["id"] in self.growing else min(left, LOOK_AGAIN))
-            else:  # first make an Event, and look once more: it may have grown in the meantime
+            else:  # make one, and look once more: the reply may have grown in the meantime
                 self.awaited[row["id"]] = threading.Event()
         return None
 
@@ -252,8 +252,8 @@ class Store:
             if database.in_transaction:
                 yield database
                 return
-            # From here to the commit no other process writes. So if the same words come again,
-            # their first turn is found.
+            # From here to the commit no other process writes. So of two processes that get the
+            # same delivery, the second one finds the turn of the first.
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
@@ -344,7 +344,7 @@ class Store:
 
 
 def which_file(path: str) -> tuple[int, int] | None:
-    """Device and inode of a file, which no other file has; None if there is none."""
+    """A file's device and inode, which identify it. None if there is no such file."""
     found = os.stat(path) if os.path.exists(path) else None
     return found and (found.st_dev, found.st_ino)
 
