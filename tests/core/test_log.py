@@ -2,11 +2,12 @@
 
 import re
 import shutil
+import time
 from urllib.parse import urlencode
 
 import pytest
 
-from tests.claude import KEY
+from tests.claude import KEY, Reply
 from tests.phone import Phone
 from tests.stage import HELLO, PROXY, PUBLIC_URL, SORRY, copy_code, get, healthz, turn_is_logged, wait_until
 
@@ -149,12 +150,15 @@ def test_a_desktops_language_is_not_that_of_the_line(stage, closed):
 
 
 def test_a_turn_is_one_line_without_a_word_of_it(stage, logged):
+    stage.claude.when("My secret is a marmalade sandwich.", Reply("I won't tell.", first_token=0.4))
     phone = stage.phone(number="+15557654321")
     phone.call()
+    began = time.monotonic()
     phone.say("My secret is a marmalade sandwich.")
     line = turn_is_logged(stage.app, phone)
-    what = r"turn 1: first sentence \d+ ms, end \d+ ms, tokens \d+ in \d+ out, end_turn, request req_pretend_\d+"
-    assert re.fullmatch(rf"INFO call {phone.call_sid} {what}", line)
+    what = r"turn 1: first sentence (\d+) ms, end (\d+) ms, tokens \d+ in \d+ out, end_turn, request req_pretend_\d+"
+    found = re.fullmatch(rf"INFO call {phone.call_sid} {what}", line)
+    assert 390 <= int(found[1]) <= int(found[2]) <= 1000 * (time.monotonic() - began), line
     phone.press("7")
     turn_is_logged(stage.app, phone, 2)
     for secret in ("marmalade", "pressed", "5557654321"):

@@ -490,7 +490,7 @@ def test_the_pretend_claude_needs_no_key_and_no_network(settings):
 @pytest.mark.slow
 def test_an_error_of_the_app_is_on_the_screen(stage):
     wrong = {"ANTHROPIC_API_KEY": "sk-ant-mistyped", "ANTHROPIC_BASE_URL": stage.claude.url}
-    out, _, _ = call_from_terminal("Hello there.\n/bye\n", settings=wrong)
+    out, _, _ = call_from_terminal("Hello there.\nCan you hear me?\nAre you there?\n/bye\n", settings=wrong)
     assert "AuthenticationError 401" in out and "Booting worker" not in out
 
 
