@@ -6,6 +6,7 @@ The requests of a call land on the two machines by turns. This needs what tests/
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -235,6 +236,30 @@ def test_a_server_that_restarts_or_is_gone_for_five_seconds(stage):
     assert phone.say("And at last?") == "You said: And at last?"
     log = stage.app.log()
     assert "ERROR the database failed: " in log and "secret" not in log
+    assert "error connecting" not in log, "a message of the server may hold secrets"
+
+
+def connections_to(server):
+    """How many connections have come since the last look."""
+    server.setblocking(False)
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            server.accept()[0].close()
+            count += 1
+    return count
+
+
+@pytest.mark.slow
+def test_a_call_does_not_wait_again_for_a_server_that_has_just_been_silent(stage):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://me@127.0.0.1:{silent.getsockname()[1]}/calls"
+        with stage.other_app(DATABASE_URL=url) as app:
+            wait_until(lambda: "the database failed: ConnectionTimeout" in app.log())  # already at the start
+            time.sleep(1.1)  # until the app tries again
+            assert connections_to(silent) == 1
+            assert stage.phone(app).call() == HELLO
+            assert connections_to(silent) == 1, "for two statements: one of them doesn't even try"
 
 
 # --- The store, in several processes as it were ---------------------------------------------------
