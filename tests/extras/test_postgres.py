@@ -306,13 +306,16 @@ def test_eight_processes_at_once_on_a_new_database_and_one_delivery(stores):
 
 @pytest.mark.slow
 def test_the_last_turns_of_a_day_are_given_once(stores):
-    def begin(nth):
+    def begin(most, nth):
         try:
-            return stores[nth % 8].turn(f"CA{nth}", None, "Hello?", time.time(), 100, 5)[0]
+            return stores[nth % 8].turn(f"CA{most} {nth}", None, "Hello?", time.time(), 100, most)[0]
         except NoTurnIsLeft:
             return 0
 
-    assert sorted(together([lambda nth=nth: begin(nth) for nth in range(16)])) == [0] * 11 + [1] * 5
+    assert together([store.turns_today for store in stores]) == [0] * 8, "from now on all are connected"
+    for most in range(5, 55, 5):
+        begun = together([lambda most=most, nth=nth: begin(most, nth) for nth in range(16)])
+        assert sorted(begun) == [0] * 11 + [1] * 5
 
 
 @pytest.mark.slow
@@ -433,6 +436,25 @@ def test_a_guess_comes_true_on_the_other_machine(stage):
 
 
 # --- The start ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tables_of_another_version_are_replaced_unless_they_hold_words_that_are_kept(stage):
+    server, url = stage.server, stage.server.database()
+    with stage.other_app(DATABASE_URL=url) as app:
+        phone = stage.phone(app)
+        phone.call()
+        phone.say("Keep this for me.")
+    server.query(url, "UPDATE voice_claude SET version = 1")
+    server.query(url, "UPDATE turns SET touched = touched - 3 * 3600")
+    why = start_fails(stage.other_app(DATABASE_URL=url))
+    assert why == "the database in DATABASE_URL holds words that another version of this app keeps: use another one."
+    assert server.query(url, "SELECT words FROM turns") == [("Keep this for me.",)]
+    server.query(url, "UPDATE turns SET touched = touched + 3 * 3600")  # a call that is on
+    with stage.other_app(DATABASE_URL=url) as app:
+        phone = stage.phone(app)
+        assert phone.call() == HELLO and phone.say("And now?") == "You said: And now?"
+        assert server.query(url, "SELECT words FROM turns") == [("And now?",)]
 
 
 def test_without_psycopg_the_start_says_how_to_install_it(tmp_path):
