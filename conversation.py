@@ -153,7 +153,7 @@ class Writer:
                 self.trouble = f", and the database failed: {error}"
                 time.sleep(1.0)  # the disk may work again a moment later
         self.line.store.growing.discard(self.row_id)
-        log.info("%s: first sentence %s ms, end %d ms, tokens %d in %d out, %s, request %s",
+        log.info("%s: first sentence %s ms, end %.0f ms, tokens %d in %d out, %s, request %s",
                  self.name, self.first_ms, 1000 * (time.monotonic() - self.began), self.tokens_in,
                  self.tokens_out, stop.partition(":")[0] + self.trouble, self.request_id)
 
