@@ -730,7 +730,7 @@ class App:
             while time.monotonic() < until and self.process.poll() is None:
                 if self._answers():
                     return self
-                time.sleep(0.02)
+                time.sleep(0.005)
         except BaseException:
             self.stop()  # Ctrl-C, most likely
             raise

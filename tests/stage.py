@@ -178,7 +178,7 @@ def wait_until(true, seconds=60.0):
     until = time.monotonic() + seconds
     while not (now := true()):
         assert time.monotonic() < until, "it never happened"
-        time.sleep(0.02)
+        time.sleep(0.005)
     return now
 
 

@@ -149,6 +149,7 @@ def test_a_very_short_first_sentence_takes_the_next_one_with_it(phone, claude):
     assert phone.say("Are you sure?") == "Sure. I have looked it up this very morning."
 
 
+@pytest.mark.slow
 def test_a_reply_without_a_full_stop_is_heard_in_parts(phone, claude):
     claude.when("Ramble.", Reply("word and " * 111 + "end", pace=400))
     phone.call()

@@ -56,6 +56,7 @@ def test_kill_9_between_two_turns_loses_nothing(stage):
         assert phone.warnings == []
 
 
+@pytest.mark.slow
 def test_a_restart_on_the_same_port_loses_nothing(stage):
     with stage.other_app() as app:
         phone = stage.phone(app)

@@ -208,6 +208,7 @@ def seconds_for(function, text):
     return time.thread_time() - began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [speakable, end_of_sentences])
 @pytest.mark.parametrize("unit", [
     "[", "(", "<a ", " ", "[a](", "[](x", "![", "_a", "http://", "1  ", "|  ", "a\n", "# "])

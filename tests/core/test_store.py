@@ -238,6 +238,7 @@ def test_words_are_gone_although_a_backup_read_them_at_the_end_of_the_call(stage
     assert b"saffron" not in everything_in(app)
 
 
+@pytest.mark.slow
 def test_words_are_gone_although_the_app_was_killed_while_a_backup_read_them(stage):
     with stage.other_app() as app:
         phone = stage.phone(app)
@@ -358,6 +359,7 @@ def test_nobody_waits_long_for_a_locked_file(stage, app):
     assert healthz(app) == 200
 
 
+@pytest.mark.slow
 def test_words_wait_while_another_process_writes(stage, app):
     phone, other = stage.phone(app), stage.phone(app)
     for each in (phone, other):

@@ -198,6 +198,7 @@ def test_a_default_is_the_one_in_the_code(name):
 
 TROUBLE = TROUBLE_PAGE.table("the caller hears")
 ERRORS = [row for row in TROUBLE if re.search(r"Error \d", row.cells[1])]
+STRINGS = [" ".join(text.split()) for source in [*CODE.values(), *EXTRAS.values()] for text in strings_in(source)]
 
 
 @pytest.mark.parametrize("row", TROUBLE, ids=str)
@@ -206,10 +207,9 @@ def test_the_words_and_log_lines_stand_in_the_code(row):
     # These name errors of libraries; other tests compare them with the log.
     real = row in ERRORS or "APIConnectionError" in logged or "OperationalError" in logged
     phrases = re.findall('"([^"]+)"', heard) + ([] if real else code_in(logged))
-    strings = [text for source in [*CODE.values(), *EXTRAS.values()] for text in strings_in(source)]
     for phrase in phrases:
         for piece in phrase.split("…"):
-            assert any(piece.strip() in " ".join(text.split()) for text in strings), f"{row}: {piece}"
+            assert any(piece.strip() in text for text in STRINGS), f"{row}: {piece}"
 
 
 @pytest.mark.parametrize("row", ERRORS, ids=str)

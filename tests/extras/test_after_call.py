@@ -172,6 +172,7 @@ def test_a_caller_who_hangs_up_in_the_first_part_has_heard_no_more(stage, claude
     assert len(turn["claude"]) < len(written) / 2 and written.startswith(turn["claude"])
 
 
+@pytest.mark.slow
 def test_a_second_report_of_the_end_is_no_second_report(stage, app, hook):
     phone = talk(stage, app, "Only once, please.")
     for _ in range(2):
@@ -286,6 +287,7 @@ def test_after_a_restart_another_process_delivers(stage):
         assert len(reports(server, phone)) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_deliver_once(stage):
     with receiver(OK) as (server, settings), stage.other_app(**settings) as app:
         with stage.other_app(**settings, DATABASE_URL=f"sqlite:///{app.database}") as other:

@@ -105,7 +105,7 @@ def test_all_extras_work_together(stage):
 # --- Switched on and missing ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", SWITCHED)
+@pytest.mark.parametrize("extra", slow_but_one(SWITCHED))
 def test_a_feature_that_is_switched_on_and_missing_stops_the_start(stage, copy, extra):
     (copy / "extras" / f"{extra}.py").unlink()
     setting = EXTRAS[extra][0]

@@ -109,6 +109,7 @@ def test_one_of_several_numbers_is_chosen(owner, command):
     assert what == "IncomingPhoneNumbers/PN1.json" or call["from"] == ALSO_MINE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["trunk_sid", "voice_application_sid"])
 def test_connect_leaves_a_number_alone_that_something_else_answers(owner, what):
     owner.buy(MINE, **{what: "XX" + "1" * 32})
@@ -120,6 +121,7 @@ def test_connect_leaves_a_number_alone_that_something_else_answers(owner, what):
 # --- What answers at the address ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both_slowly
 def test_something_else_answers_at_the_address(owner, command):
     owner.buy(MINE)

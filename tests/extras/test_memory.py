@@ -214,6 +214,7 @@ def test_no_more_than_forty_turns_are_sent(call, dial, claude):
     phone.hang_up()
 
 
+@pytest.mark.slow
 def test_kill_9_and_an_unreported_end_lose_no_memory(stage, dial, call, claude):
     with stage.other_app(KEEP_DAYS=str(KEEP_DAYS)) as app:
         dial("+15551237006", "My bus is the 42.", app=app)
@@ -267,6 +268,7 @@ def test_a_backup_that_reads_meanwhile_does_not_keep_old_words(call, app):
     no_trace_of(app, "Gooseberries")
 
 
+@pytest.mark.slow
 def test_a_corrupted_file_is_replaced_and_the_line_remembers_again(stage, call, claude):
     with stage.other_app(KEEP_DAYS=str(KEEP_DAYS)) as app:
         call("+15551237020", "I am lost with the file.", app=app)

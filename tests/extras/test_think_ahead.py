@@ -317,6 +317,7 @@ def test_claude_is_asked_again_when_it_fails_for_a_guess(app, claude, dial, gues
 # --- Partial results ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_partial_result_that_comes_late_is_ignored(app, claude, dial, guessed, a_while):
     phone = dial()
     for _ in range(3):
@@ -411,6 +412,7 @@ def test_nothing_is_left_when_the_caller_hangs_up_during_a_guess(app, claude, di
     assert "turns 0, " in over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("final, guess", [
     ("Stop it now, please.", "stop it now please"), ("Stop it there, I said.", "stop it there i")
 ], ids=["right guess", "wrong guess"])
@@ -477,6 +479,7 @@ def test_a_guess_counts_as_one_turn_of_the_day(stage, claude, dial, guessed):
         assert not claude.asked("What if there are none left?")
 
 
+@pytest.mark.slow
 @pytest.mark.needs("memory")
 def test_guesses_are_not_remembered(stage, claude, dial, guessed):
     with stage.other_app(module=FASTER, THINK_AHEAD="yes", KEEP_DAYS="1") as app:
