@@ -240,7 +240,7 @@ def url(view: str, **query) -> str:
 # Platforms put one proxy before the app: take scheme and host from its headers. Forging them is
 # useless, since the signature covers the real URL.
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=1, x_host=1)  # type: ignore[method-assign]
-app.url_map.sort_parameters = True  # or a proxy that sorts them breaks the signature
+app.url_map.sort_parameters = True  # otherwise a proxy that sorts breaks the signature
 app.config["MAX_CONTENT_LENGTH"] = 32 * 1024  # bytes; a minute of speech is 12 kB at most
 NOT_THE_CALLER = {"twilio.status_callback"}  # requests that don't come from the caller's phone
 

@@ -35,7 +35,7 @@ log = logging.getLogger("voice-claude")
 PATIENCE = 6.0  # seconds until "One moment.": Twilio waits 8 for one try, and 15 for all tries
 TIMEOUT = 30.0  # seconds for the next sentence: "One moment." has come 4 times by then
 STALLED = 10.0  # seconds without a sign of life, after which a reply's process counts as dead
-MOST_WAITS = 9  # times "One moment." in a row; then the reply counts as stalled
+MOST_WAITS = 9  # waits in a row without new text; then the reply counts as stalled
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Conversation:
         return turn
 
     def reply(self, turn: int, heard: int = 0, waited: int = 0) -> tuple[str, str | None]:
-        """Wait until a reply ends, or is longer than the ``heard`` characters that Twilio has; at
-        most PATIENCE. ``waited``: how often in a row there was no new text. Returns the new text,
+        """Wait, at most PATIENCE, until a reply ends or has more than ``heard`` characters, which
+        Twilio has. ``waited``: how often in a row there was no new text. Returns the new text,
         and how the reply ended (``stop``), which is None if more may come."""
         until, store = time.monotonic() + PATIENCE, self.line.store
         while row := store.wait(self.call_sid, turn, heard):  # it returns after a second at most
@@ -104,7 +104,7 @@ MAX_TOKENS = 2000  # per answer: ten minutes of talk; not less, since thinking c
 MOST_CHARACTERS = 10 * MAX_TOKENS  # of one answer, if a server never stops; a token usually has 5
 MOST_ROUNDS = 6  # of tool use in one reply: enough for any task, but no endless loop
 TOOL_TIMEOUT = 20.0  # seconds for one tool: the caller hears "One moment." in the meantime
-# If the caller is gone, a reply stops, but not within 1 s of a sentence: a tool may follow.
+# If the caller is gone, a reply stops, at the earliest 1 s after a sentence: a tool may follow.
 NOTICED = TIMEOUT - SIGN_OF_LIFE
 BATCH, READ = 0.25, 0.02  # seconds to let tokens pile up, and to read them: this halves the CPU use
 
@@ -122,7 +122,7 @@ EXPECTED = (anthropic.AnthropicError, httpx2.HTTPError, EOFError, OSError, Value
 class Writer:
     """Writes Claude's reply to one turn, in a thread of its own. The text is in the store."""
 
-    unfinished = mark = ""  # an incomplete sentence; a mark from an extra for the next one
+    unfinished = mark = ""  # an incomplete sentence; an extra's mark for the next sentence
     kept = written = tokens_in = tokens_out = 0  # stored sentences; characters of this answer
     first_ms, request_id, trouble = None, None, ""  # trouble: why the end could not be stored
 
@@ -313,7 +313,7 @@ def finish_block(block: dict) -> dict:
     """Turn the input of a tool, which came in pieces of JSON, into an object."""
     if block["type"].endswith("tool_use"):
         text = block.pop("partial_json", "") or json.dumps(block.get("input", {}))
-        block["input"] = {"not JSON": text}  # no tool accepts that, so Claude is told
+        block["input"] = {"not JSON": text}  # tools refuse it, and Claude is told so
         with contextlib.suppress(ValueError):
             block["input"] = json.loads(text)
     return block
