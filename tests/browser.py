@@ -379,7 +379,8 @@ def serve(url, token, *, number, troubles=None):
         print(f"\nThe telephone is at {switchboard.url}\nCtrl-C here ends it.", flush=True)
         if has_a_screen():
             webbrowser.open(switchboard.url)
-        threading.Event().wait()
+        while True:  # a Ctrl-C that comes just before one of these waits is noticed after it
+            time.sleep(1)
 
 
 def has_a_screen():

@@ -969,7 +969,8 @@ def main():
     teacher = Teacher(lambda line: print(line, flush=True), options.first_token, options.pace)
     with Claude(options.port, default=teacher if options.teach else lambda words: reply) as claude:
         print(claude.url, flush=True)
-        threading.Event().wait()
+        while True:  # a Ctrl-C that comes just before one of these waits is noticed after it
+            time.sleep(1)
 
 
 if __name__ == "__main__":
