@@ -36,7 +36,8 @@ class Writer:
             stop = "end_turn"
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.turn, "", stop)
+            self.unfinished = ""  # new
+        store.grow(self.turn, self.unfinished, stop)  # new
 
     def answer(self):
         with claude.messages.stream(  # new
@@ -46,7 +47,6 @@ class Writer:
         ) as stream:  # new
             for text in stream.text_stream:  # new
                 self.add(text)  # new
-        self.keep(self.unfinished)  # new
 
     def add(self, text):  # new
         *sentences, self.unfinished = re.split(r"(?<=[.!?])\s+", self.unfinished + text)  # new

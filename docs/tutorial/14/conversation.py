@@ -43,7 +43,8 @@ class Writer:
             return  # new
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.row_id, "", stop)  # new
+            self.unfinished = ""
+        store.grow(self.row_id, self.unfinished, stop)  # new
 
     def answer(self):
         with claude.messages.stream(
@@ -53,7 +54,6 @@ class Writer:
         ) as stream:
             for text in stream.text_stream:
                 self.add(text)
-        self.keep(self.unfinished)
 
     def add(self, text):
         *sentences, self.unfinished = re.split(r"(?<=[.!?])\s+", self.unfinished + text)

@@ -52,7 +52,8 @@ class Writer:
             return
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.row_id, "", stop)
+            self.unfinished = ""
+        store.grow(self.row_id, self.unfinished, stop)
 
     def answer(self):
         with claude.messages.stream(
@@ -64,7 +65,6 @@ class Writer:
             for text in stream.text_stream:
                 self.add(text)
             message = stream.get_final_message()  # new
-        self.keep(self.unfinished)
         for block in message.content:  # new
             if block.type == "tool_use":  # new
                 return self.use(block.name, block.input)  # new

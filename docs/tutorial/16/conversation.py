@@ -64,7 +64,8 @@ class Writer:
             return
         except Exception as error:  # any error: a caller is waiting, so the reply must end
             logging.error("%r", error)
-        store.grow(self.row_id, "", stop)
+            self.unfinished = ""
+        store.grow(self.row_id, self.unfinished, stop)
 
     def answer(self):
         messages = as_messages(store.turns(self.call_sid))  # new
@@ -73,6 +74,8 @@ class Writer:
             uses = [block for block in message.content if block.type == "tool_use"]  # new
             if not uses:  # new
                 break
+            self.keep(self.unfinished)  # new
+            self.unfinished = ""
             messages.append({"role": "assistant", "content": message.content})  # new
             results = []  # new
             for block in uses:  # new
@@ -93,8 +96,6 @@ class Writer:
             for text in stream.text_stream:
                 self.add(text)
             message = stream.get_final_message()
-        self.keep(self.unfinished)
-        self.unfinished = ""  # new
         return message  # new
 
     def use(self, name, tool_input):
