@@ -86,10 +86,10 @@ def activate(line) -> None:
         try:
             extra = importlib.import_module(f"extras.{name}")
         except ModuleNotFoundError as error:
-            if not str(error.name).startswith("extras."):
+            missing = str(error.name).replace(".", "/")
+            if not missing.startswith("extras/"):
                 raise
             if asked_for:
-                missing = str(error.name).replace(".", "/")
                 raise ValueError(f"{asked_for[0]} needs {missing}.py, which is missing") from None
             continue  # without commands.py, there is no errand.py either
         note = extra.activate(line)

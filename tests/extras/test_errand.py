@@ -44,9 +44,10 @@ def words_of(purpose):
     return f"[The owner of this phone line has you call this person. Speak first. The purpose: {purpose}]"
 
 
-def bring(stage, app, purpose, to=A_FRIEND):
+def bring(stage, app, purpose, to=A_FRIEND, token=None):
     """The signed request of the command; returns the answer."""
     phone = stage.phone(app)
+    phone.token = token or phone.token
     return phone.request("POST", "/errand", {"To": to, "Purpose": purpose, "CallSid": "errand"})
 
 
@@ -56,9 +57,13 @@ def ring(stage, app, name, **more):
     return phone, phone.webhook(f"/?errand={name}")
 
 
-def is_written(app, name):
+def bring_and_let_claude_write(stage, app, purpose):
+    """The same, and Claude has written the reply; returns the name of the call."""
+    name = bring(stage, app, purpose).body.decode()
+    written = "SELECT reply FROM turns WHERE call_sid = ? AND stop = 'end_turn'"
     with open_database(app.database) as database:
-        return database.execute("SELECT reply FROM turns WHERE call_sid = ? AND stop = 'end_turn'", [name]).fetchone()
+        wait_until(lambda: database.execute(written, [name]).fetchone())
+    return name
 
 
 def test_the_command_brings_the_purpose_and_then_places_the_call(owner, app, claude):
@@ -74,8 +79,7 @@ def test_the_command_brings_the_purpose_and_then_places_the_call(owner, app, cla
 def test_claude_speaks_first_and_the_person_can_change_the_subject(stage, app, claude):
     purpose = "Ask about photosynthesis."
     claude.when(words_of(purpose), Reply("Hi! Here is my first question. What do plants need light for?"))
-    name = bring(stage, app, purpose).body.decode()
-    wait_until(lambda: is_written(app, name))
+    name = bring_and_let_claude_write(stage, app, purpose)
     phone, heard = ring(stage, app, name)
     assert heard == "Hi! Here is my first question. What do plants need light for?"
     assert phone.say("Tell me a joke instead.").endswith("You said: Tell me a joke instead.")
@@ -106,16 +110,14 @@ def test_if_the_words_are_not_ready_the_person_hears_the_greeting(stage, app, cl
 def test_a_second_delivery_hears_the_same(stage, app, claude):
     purpose = "Say it twice."
     claude.when(words_of(purpose), Reply("I say it twice."))
-    name = bring(stage, app, purpose).body.decode()
-    wait_until(lambda: is_written(app, name))
+    name = bring_and_let_claude_write(stage, app, purpose)
     phone, heard = ring(stage, app, name)
     assert heard == phone.webhook(f"/?errand={name}") == "I say it twice."
     phone.hang_up()
 
 
 def test_without_a_call_the_purpose_is_deleted_after_ten_minutes(stage, app, claude):
-    name = bring(stage, app, "Water the tarragon.").body.decode()
-    wait_until(lambda: is_written(app, name))
+    name = bring_and_let_claude_write(stage, app, "Water the tarragon.")
     let_time_pass(app, 590, name)
     assert get(app, "/healthz")[0] == 200 and b"tarragon" in everything_in(app)
     let_time_pass(app, 11, name)
@@ -136,10 +138,8 @@ def test_only_allowed_numbers_are_called(owner, stage, app, claude):
 
 
 def test_only_the_owner_brings_a_purpose(stage, app, claude):
-    phone, asked = stage.phone(app), len(claude.requests)
-    phone.token = "another token"
-    answer = phone.request("POST", "/errand", {"To": A_FRIEND, "Purpose": "Spend money.", "CallSid": "errand"})
-    assert answer.status == 403 and len(claude.requests) == asked
+    asked = len(claude.requests)
+    assert bring(stage, app, "Spend money.", token="another token").status == 403 and len(claude.requests) == asked
 
 
 def test_an_app_that_takes_no_errands_is_not_asked_to_call(owner):
@@ -152,8 +152,7 @@ def test_with_a_pin_claude_speaks_after_it(stage, claude):
     purpose = "Tell them after the PIN."
     claude.when(words_of(purpose), Reply("Now I can tell you."))
     with stage.other_app(module=FASTER, ALLOWED_CALLERS=A_FRIEND, PIN="135790") as app:
-        name = bring(stage, app, purpose).body.decode()
-        wait_until(lambda: is_written(app, name))
+        name = bring_and_let_claude_write(stage, app, purpose)
         phone, heard = ring(stage, app, name)
         assert heard.startswith("Please key in your PIN") and "tell you" not in heard
         assert phone.press("135790#") == "Now I can tell you."

@@ -192,7 +192,8 @@ def test_the_fragment_of_a_url_says_how_often_it_is_tried(method):
 
 @pytest.mark.parametrize("fragment, answer, tries", [
     ("", BROKEN, 1), ("#rc=3", BROKEN, 1), ("#rp=5xx", BROKEN, 2), ("#rc=0&amp;rp=5xx", BROKEN, 1),
-    pytest.param("#rc=5&amp;rp=all", BROKEN, 6, marks=pytest.mark.slow), ("#rc=2&amp;rp=4xx", BROKEN, 1), ("#rc=2&amp;rp=4xx,rt", (404, {}, ""), 3),
+    pytest.param("#rc=5&amp;rp=all", BROKEN, 6, marks=pytest.mark.slow),
+    ("#rc=2&amp;rp=4xx", BROKEN, 1), ("#rc=2&amp;rp=4xx,rt", (404, {}, ""), 3),
     pytest.param("#rt=100&amp;rc=2&amp;rp=rt", SLOW, 3, marks=pytest.mark.slow), ("#rt=100&amp;rc=2", SLOW, 1),
 ])
 def test_only_the_failures_that_the_fragment_names_are_tried_again(fragment, answer, tries):
