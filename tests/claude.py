@@ -734,6 +734,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.event("ping")
                 time.sleep(1)
         elif reply.ending == "cut":
+            time.sleep(0.2)  # a reset also throws away what the app hasn't read yet
             self.reset()
         else:
             self.wfile.write(b"0\r\n\r\n")
